@@ -1,0 +1,74 @@
+"""ASEntmax attention for Hugging Face Transformers: exact zeros that hold at long context (arXiv 2506.16640)."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .configuration_asentmax import (
+    ASEntmaxLlamaConfig,
+    ASEntmaxMistralConfig,
+    ASEntmaxQwen2Config,
+    ASEntmaxQwen3Config,
+    ASEntmaxSmolLM3Config,
+)
+from .modeling_asentmax import (
+    ASEntmaxLlamaForCausalLM,
+    ASEntmaxLlamaForSequenceClassification,
+    ASEntmaxLlamaModel,
+    ASEntmaxMistralForCausalLM,
+    ASEntmaxMistralForSequenceClassification,
+    ASEntmaxMistralModel,
+    ASEntmaxQwen2ForCausalLM,
+    ASEntmaxQwen2ForSequenceClassification,
+    ASEntmaxQwen2Model,
+    ASEntmaxQwen3ForCausalLM,
+    ASEntmaxQwen3ForSequenceClassification,
+    ASEntmaxQwen3Model,
+    ASEntmaxSmolLM3ForCausalLM,
+    ASEntmaxSmolLM3ForSequenceClassification,
+    ASEntmaxSmolLM3Model,
+)
+from .ops.attention import entmax, entmax_attention
+from .patching import patch_model, set_alpha, unpatch_model
+from .scaling import QueryScale
+
+ASEntmaxConfig = ASEntmaxLlamaConfig
+ASEntmaxModel = ASEntmaxLlamaModel
+ASEntmaxForCausalLM = ASEntmaxLlamaForCausalLM
+
+try:
+    __version__ = version("hf_asentmax")
+except PackageNotFoundError:  # used from a source tree that isn't installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ASEntmaxConfig",
+    "ASEntmaxForCausalLM",
+    "ASEntmaxLlamaConfig",
+    "ASEntmaxLlamaForCausalLM",
+    "ASEntmaxLlamaForSequenceClassification",
+    "ASEntmaxLlamaModel",
+    "ASEntmaxMistralConfig",
+    "ASEntmaxMistralForCausalLM",
+    "ASEntmaxMistralForSequenceClassification",
+    "ASEntmaxMistralModel",
+    "ASEntmaxModel",
+    "ASEntmaxQwen2Config",
+    "ASEntmaxQwen2ForCausalLM",
+    "ASEntmaxQwen2ForSequenceClassification",
+    "ASEntmaxQwen2Model",
+    "ASEntmaxQwen3Config",
+    "ASEntmaxQwen3ForCausalLM",
+    "ASEntmaxQwen3ForSequenceClassification",
+    "ASEntmaxQwen3Model",
+    "ASEntmaxSmolLM3Config",
+    "ASEntmaxSmolLM3ForCausalLM",
+    "ASEntmaxSmolLM3ForSequenceClassification",
+    "ASEntmaxSmolLM3Model",
+    "QueryScale",
+    "entmax",
+    "entmax_attention",
+    "patch_model",
+    "set_alpha",
+    "unpatch_model",
+]

@@ -1,0 +1,284 @@
+"""What Transformers calls: the attention function, the mask function, and the mixin of the attention modules.
+
+The mask function returns no mask of T x N entries but the interval of keys that each query may see, as an int32 tensor
+(B, 1, T, 2). A 4-D tensor passes through every place in which Transformers, accelerate and checkpointing handle masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .ops import reference
+from .ops.attention import attention_from_intervals
+from .ops.intervals import document_starts
+from .positions import alibi_slopes
+from .scaling import QueryScale
+
+ATTENTION_NAME = "asentmax"
+
+# Softmax class -> ours, for attention modules and models: what patch_model and the constructors of our models swap.
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
+
+# Dense weights on request (output_attentions=True): 512 MiB in float32 a layer. Beyond, the memory is the message.
+MAX_DENSE_WEIGHTS = 1 << 27
+
+# Arguments that Transformers hands to every attention function and that change nothing here: the mask already says
+# what windows and positions allow, and the rest concerns other kernels or other parts of the model.
+_IGNORED = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "is_causal",
+    "labels",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+
+
+def asentmax_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """The keys that each query may see, int32 (B, 1, T, 2): from the first (included) to the last (excluded).
+
+    Args:
+        mask_function: Transformers' rule for (batch, head, query, key): causal, with windows or packed documents.
+        attention_mask: bool (B, >= kv_offset + kv_length), False where a key is padding, on the left or on the right.
+
+    Raises:
+        NotImplementedError: the rule isn't causal or isn't Transformers' own.
+        ValueError: the padding has holes.
+    """
+    if mask_function is bidirectional_mask_function or use_vmap:
+        raise NotImplementedError(
+            f"the {ATTENTION_NAME} attention must be causal and masked by Transformers' own rules (padding, sliding "
+            "windows, packed documents), got a bidirectional or custom mask function; use the model without it"
+        )
+    position = torch.arange(q_length, device=device)[None, :] + q_offset
+    position = position.expand(batch_size, -1)
+    last = (position + 1 - kv_offset).clamp(max=kv_length)
+    first = torch.zeros_like(position)
+    if mask_function is not causal_mask_function:
+        first = _first_visible(mask_function, position, kv_length, kv_offset) - kv_offset
+    if attention_mask is not None:
+        start, end = _unpadded(attention_mask, kv_length, kv_offset, check=q_length > 1)
+        first, last = torch.maximum(first, start[:, None]), torch.minimum(last, end[:, None])
+    return torch.stack([first, last], dim=-1).to(torch.int32)[:, None]
+
+
+def _first_visible(mask_function: Callable, position: Tensor, kv_length: int, kv_offset: int | Tensor) -> Tensor:
+    """The first key that each query sees, by bisection: what a query sees reaches from there to itself."""
+    row = torch.arange(position.shape[0], device=position.device)[:, None]
+    head = torch.zeros_like(row)
+    # The rule must hide each query's successor (the last query has none in the tensors behind the rule).
+    checks = not torch.compiler.is_compiling() and position.shape[1] > 1
+    if checks and bool(mask_function(row, head, position[:, :-1], position[:, 1:]).any()):
+        raise NotImplementedError(
+            f"the {ATTENTION_NAME} attention must be causal, got a mask function that shows a later key"
+        )
+    low, high = torch.zeros_like(position) + kv_offset, position
+    for _ in range(kv_length.bit_length()):
+        middle = (low + high) // 2
+        seen = mask_function(row, head, position, middle)
+        low, high = torch.where(seen, low, (middle + 1).clamp(max=high)), torch.where(seen, middle, high)
+    return high
+
+
+def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor, check: bool) -> tuple[Tensor, Tensor]:
+    """First and last + 1 real key of each row, (B,) each; keys beyond the mask are not there yet."""
+    missing = kv_length - attention_mask.shape[-1]
+    if isinstance(kv_offset, Tensor) or kv_offset:
+        columns = torch.arange(kv_length, device=attention_mask.device) + kv_offset
+        inside = columns < attention_mask.shape[-1]
+        mask = attention_mask[:, columns.clamp(max=attention_mask.shape[-1] - 1)] & inside
+    else:
+        mask = attention_mask[:, :kv_length] if missing <= 0 else attention_mask
+    count = mask.sum(-1)
+    start = mask.to(torch.int32).argmax(-1)
+    if check and not torch.compiler.is_compiling():
+        reach = mask.shape[-1] - mask.flip(-1).to(torch.int32).argmax(-1)
+        if bool(((start + count != reach) & (count > 0)).any()):
+            raise ValueError(
+                "attention_mask must hide keys only before and after each row's tokens, got a row with a hole in it; "
+                "pad each row on one side, or pack documents and mark them by position_ids"
+            )
+    return start, start + count
+
+
+def asentmax_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function registered under the name ``asentmax``: hands over to the module, which must be one of ours."""
+    compute = getattr(module, "_entmax_attention", None)
+    if compute is None:
+        raise RuntimeError(
+            f'attn_implementation="{ATTENTION_NAME}" must be used by an ASEntmax model, got {type(module).__name__}, '
+            "which would drop the query scale; load the checkpoint with AutoModelForCausalLM.from_pretrained after "
+            "`import hf_asentmax` (or with trust_remote_code=True), or convert a softmax model with patch_model"
+        )
+    return compute(query, key, value, attention_mask, **kwargs)
+
+
+class ASEntmaxMixin(nn.Module):
+    """Turns a family's attention class into ASEntmax: mixed in before it, with nothing of it copied.
+
+    The family's forward projects, rotates and caches as ever, and calls the attention function; this class only adds
+    the query scale, computed from the layer's input, to the arguments of that call.
+    """
+
+    config: Any
+    query_scale: QueryScale
+    scheduled_alpha: Tensor | None = None  # set by set_alpha while a schedule moves alpha
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        REPLACEMENTS[cls.__bases__[-1]] = cls
+
+    def add_query_scale(self) -> None:
+        """Adds the parameters, for a module whose class was just changed to this one."""
+        self.query_scale = QueryScale(self.config)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        if args:
+            raise TypeError(f"{type(self).__name__} must be called with keyword arguments, got {len(args)} positional")
+        if self.config._attn_implementation != ATTENTION_NAME:
+            raise RuntimeError(
+                f'attn_implementation must be "{ATTENTION_NAME}" in an ASEntmax model, got '
+                f'"{self.config._attn_implementation}"; call unpatch_model(model) to return to softmax'
+            )
+        intervals = _check_intervals(kwargs.get("attention_mask"), hidden_states)
+        intervals = kwargs["attention_mask"] = _separate_documents(intervals, kwargs)
+        n = (intervals[..., 1] - intervals[..., 0])[:, 0]
+        scale, alpha = self.query_scale(hidden_states, n)
+        slopes = alibi_slopes(self.config.positions, self.config.num_attention_heads, hidden_states.device)
+        if self.config.positions != "rope":  # the identity rotation
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        if self.config.positions == "nape" and scale is not None and slopes is not None:
+            scale = torch.where(slopes[:, None] > 0, 1.0, scale)
+        if alpha is None:
+            alpha = self.scheduled_alpha
+        if alpha is None:
+            alpha = float(self.config.entmax_alpha)
+        return super().forward(hidden_states, entmax_parameters=(alpha, scale, slopes), **kwargs)
+
+    def _entmax_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        entmax_parameters: tuple[float | Tensor, Tensor | None, Tensor | None] | None = None,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if entmax_parameters is None:
+            raise RuntimeError(
+                f"{type(self).__name__} must be called through its own forward, which computes the query scale; "
+                "something holds on to the forward of the softmax class. Remove hooks and wrappers (accelerate's "
+                "remove_hook_from_module), call patch_model, then add them again"
+            )
+        unknown = {name for name, x in kwargs.items() if name not in _IGNORED and x is not None and x is not False}
+        if dropout or unknown:
+            what = "attention dropout" if dropout else f"the arguments {sorted(unknown)}"
+            raise NotImplementedError(
+                f"the {ATTENTION_NAME} attention does not handle {what}; set config.attention_dropout = 0, "
+                "and leave out arguments of other attention implementations"
+            )
+        alpha, scale, slopes = entmax_parameters
+        first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
+        out = (
+            attention_from_intervals(
+                query, key, value, first, last, alpha=alpha, scaling=scaling, query_scale=scale, alibi_slopes=slopes
+            )
+            .transpose(1, 2)
+            .contiguous()
+        )
+        if not output_attentions:
+            return out, None
+        return out, _dense_weights(query, key, first, last, scale, slopes, alpha, scaling)
+
+
+def _dense_weights(
+    query: Tensor,
+    key: Tensor,
+    first: Tensor,
+    last: Tensor,
+    scale: Tensor | None,
+    slopes: Tensor | None,
+    alpha: float | Tensor,
+    scaling: float,
+) -> Tensor:
+    elements = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    if elements > MAX_DENSE_WEIGHTS:
+        raise ValueError(
+            f"output_attentions must ask for at most {MAX_DENSE_WEIGHTS} weights a layer "
+            f"(batch x heads x queries x keys), got {elements}; use shorter inputs or a smaller batch"
+        )
+    if isinstance(alpha, Tensor):
+        alpha = alpha.reshape(-1, 1, 1)
+    with torch.no_grad():
+        weights = reference.attention_weights(query, key, first, last, scale, slopes, alpha, scaling)
+    return weights.to(query.dtype)
+
+
+def _check_intervals(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.shape[-1] != 2:
+        got = "None" if attention_mask is None else f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
+        raise ValueError(
+            f"attention_mask must be None or 2-D (batch, tokens) at the model's input, got {got} in the attention "
+            "layer; 4-D masks of your own are not supported, padding, packing and windows are"
+        )
+    return attention_mask.to(like.device)
+
+
+def _separate_documents(intervals: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Keeps packed documents apart where Transformers' own mask doesn't: ``cu_seq_lens_q``, and position_ids that start
+    again while a cache is being filled (its detection stops at ``use_cache=True``, the default of a plain forward)."""
+    length = intervals.shape[2]
+    cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if kwargs.get("seq_idx") is not None and cu_seqlens is None:
+        raise NotImplementedError("packed documents must be given by cu_seq_lens_q or position_ids, got seq_idx alone")
+    kwargs.pop("seq_idx", None)
+    if length == 1:
+        return intervals
+    index = torch.arange(length, device=intervals.device, dtype=torch.int32)
+    if cu_seqlens is not None:
+        start = document_starts(cu_seqlens.to(intervals.device), index)[None]
+    elif position_ids is not None and position_ids.dim() == 2 and kwargs.get("past_key_values") is not None:
+        restart = position_ids[:, 1:] <= position_ids[:, :-1]
+        start = torch.where(restart.to(intervals.device), index[1:], 0).cummax(-1).values
+        start = torch.nn.functional.pad(start, (1, 0))
+        offset = (intervals[:, 0, :1, 1] - 1).clamp(min=0)  # the first query's own place among the keys
+        start = torch.where(start > 0, start + offset, 0)
+    else:
+        return intervals
+    first = torch.maximum(intervals[..., 0], start[:, None].to(torch.int32))
+    return torch.stack([first, intervals[..., 1]], dim=-1)
+
+
+AttentionInterface.register(ATTENTION_NAME, asentmax_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, asentmax_mask)

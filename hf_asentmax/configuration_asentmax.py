@@ -1,0 +1,160 @@
+"""Config classes: each family's own config with the settings of ASEntmax, and a model type of its own.
+
+The own model type keeps ``Auto`` classes from building a softmax model out of an ASEntmax checkpoint; the saved
+``attn_implementation`` does the same for a native class that is pointed at the folder by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+
+from .positions import POSITIONS
+from .scaling import LEARNED_ALPHA_RANGE, QUERY_SCALINGS
+
+AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+}
+
+
+def modeling_source(family: str) -> str:
+    """The self-contained modeling file of a family, as it travels with every checkpoint."""
+    name = f"modeling_asentmax_{family}.py"
+    if Path(__file__).name == name:  # this code is itself such a file
+        return Path(__file__).read_text(encoding="utf-8")
+    source: str = import_module(f"{__package__}.hub").generate_modeling(family)
+    return source
+
+
+@dataclass(kw_only=True, repr=False)
+class ASEntmaxConfigMixin:
+    """The settings of ASEntmax, beside those of the family.
+
+    Args:
+        entmax_alpha: from 1 (softmax) to 2 (sparsemax). What the model computes now; where alpha is learned, its start.
+        entmax_alpha_learned: learn one alpha a head, within (1.01, 2).
+        query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax); see :class:`hf_asentmax.QueryScale`.
+        positions: "rope" (the family's own), "nope", "alibi" or "nape" (half of the heads ALiBi, half NoPE).
+        query_scale_delta: the constant part of r; 1 from scratch, 1 - ln 2 for r = 1 at the start of a converted model.
+        query_scale_gamma_range: c, the bound of the exponent of log n.
+        query_scale_length: the training length at which SSMax starts with r = 1; ``max_position_embeddings`` if None.
+
+    Reference: arXiv 2506.16640.
+    """
+
+    entmax_alpha: float | int = 1.5
+    entmax_alpha_learned: bool = False
+    query_scaling: str = "adaptive"
+    positions: str = "rope"
+    query_scale_delta: float | int = 1.0
+    query_scale_gamma_range: float | int = 2.0
+    query_scale_length: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.query_scale_length is None:
+            self.query_scale_length = self.max_position_embeddings  # type: ignore[attr-defined]
+        if getattr(self, "_attn_implementation", None) is None:
+            self.__setattr__("_attn_implementation", "asentmax")
+        self.validate_entmax()
+
+    def validate_entmax(self) -> None:
+        """Raises ValueError for a setting outside its rule."""
+        alpha, (low, high) = self.entmax_alpha, LEARNED_ALPHA_RANGE
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
+            raise ValueError(f"entmax_alpha must be between 1 (softmax) and 2 (sparsemax), got {alpha!r}; try 1.5")
+        if self.entmax_alpha_learned and not low < alpha < high:
+            raise ValueError(
+                f"entmax_alpha must start between {low} and {high} where it is learned, got {alpha!r}; start at 1.5"
+            )
+        for name, value, allowed in (
+            ("query_scaling", self.query_scaling, QUERY_SCALINGS),
+            ("positions", self.positions, POSITIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.query_scale_gamma_range <= 0:
+            raise ValueError(f"query_scale_gamma_range must be positive, got {self.query_scale_gamma_range!r}; try 2")
+        if not isinstance(self.query_scale_length, int) or self.query_scale_length < 1:
+            raise ValueError(
+                f"query_scale_length must be a positive number of tokens, got {self.query_scale_length!r}; "
+                "pass the training length"
+            )
+        if getattr(self, "attention_dropout", 0.0):
+            raise ValueError(
+                f"attention_dropout must be 0 for ASEntmax, got {self.attention_dropout!r}; "  # type: ignore[attr-defined]
+                "dropping weights of a sparse map is not defined in the papers; set it to 0"
+            )
+
+    @property
+    def family(self) -> str:
+        """The native model type, such as ``llama``."""
+        return self.model_type.removeprefix("asentmax_")  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """As the family's, with the modeling code beside config.json, which names it in ``auto_map``. Every model
+        and Trainer checkpoint is saved through here."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        code = directory / f"modeling_asentmax_{self.family}.py"
+        code.write_text(modeling_source(self.family), encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the family's, with what a loader must know: the attention implementation, and where the code lies."""
+        output = super().to_dict()  # type: ignore[misc]
+        module, prefix = f"modeling_asentmax_{self.family}", type(self).__name__.removesuffix("Config")
+        output["attn_implementation"] = "asentmax"
+        output["auto_map"] = {"AutoConfig": f"{module}.{prefix}Config"} | {
+            auto: f"{module}.{prefix}{suffix}" for auto, suffix in AUTO_CLASSES.items()
+        }
+        return output
+
+
+class ASEntmaxLlamaConfig(ASEntmaxConfigMixin, LlamaConfig):
+    """`LlamaConfig` with the settings of ASEntmax."""
+
+    model_type = "asentmax_llama"
+
+
+class ASEntmaxMistralConfig(ASEntmaxConfigMixin, MistralConfig):
+    """`MistralConfig` with the settings of ASEntmax."""
+
+    model_type = "asentmax_mistral"
+
+
+class ASEntmaxQwen2Config(ASEntmaxConfigMixin, Qwen2Config):
+    """`Qwen2Config` with the settings of ASEntmax."""
+
+    model_type = "asentmax_qwen2"
+
+
+class ASEntmaxQwen3Config(ASEntmaxConfigMixin, Qwen3Config):
+    """`Qwen3Config` with the settings of ASEntmax."""
+
+    model_type = "asentmax_qwen3"
+
+
+class ASEntmaxSmolLM3Config(ASEntmaxConfigMixin, SmolLM3Config):
+    """`SmolLM3Config` with the settings of ASEntmax."""
+
+    model_type = "asentmax_smollm3"
+
+
+CONFIG_CLASSES = {
+    config.model_type.removeprefix("asentmax_"): config
+    for config in (
+        ASEntmaxLlamaConfig,
+        ASEntmaxMistralConfig,
+        ASEntmaxQwen2Config,
+        ASEntmaxQwen3Config,
+        ASEntmaxSmolLM3Config,
+    )
+}

@@ -1,0 +1,1 @@
+"""Differentiable alpha-entmax and alpha-entmax attention. Knows torch only."""

@@ -1,0 +1,213 @@
+"""alpha-entmax and its attention as custom operators: one node each to ``torch.compile`` and ``torch.export``.
+
+The plain PyTorch implementation of ``reference.py`` serves every device; a faster one registers itself for its device
+type beside it (``CustomOpDef.register_kernel``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+OP_NAMESPACE = "hf_asentmax"
+
+
+def _alpha_for_rows(alpha: Tensor | None, alpha_value: float, dtype: torch.dtype) -> reference.Alpha:
+    if alpha is None:
+        return alpha_value
+    return alpha.to(reference.compute_dtype(dtype)).reshape(-1, 1, 1)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    rows_alpha = _alpha_for_rows(alpha, alpha_value, query.dtype)
+    return reference.attention_forward(query, key, value, first, last, query_scale, alibi_slopes, rows_alpha, scaling)
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    shape = query.shape[:3]
+    dtype = reference.compute_dtype(query.dtype)
+    return query.new_empty(*shape, value.shape[-1]), query.new_empty(*shape, 1, dtype=dtype)
+
+
+def _attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+    thresholds: Tensor,
+    alpha_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows_alpha = _alpha_for_rows(alpha, alpha_value, query.dtype)
+    dq, dk, dv, dr, dalpha = reference.attention_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        first,
+        last,
+        query_scale,
+        alibi_slopes,
+        rows_alpha,
+        scaling,
+        thresholds,
+        alpha_grad,
+    )
+    nothing = query.new_empty(0)
+    return dq, dk, dv, nothing if dr is None else dr, nothing.clone() if dalpha is None else dalpha
+
+
+def _attention_backward_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+    thresholds: Tensor,
+    alpha_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    nothing = query.new_empty(0)
+    dr = nothing if query_scale is None else torch.empty_like(query_scale)
+    dalpha = thresholds.new_empty(query.shape[1]) if alpha_grad else nothing.clone()
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dr, dalpha
+
+
+def _attention_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.alpha_value, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_autograd(ctx, grad_out, grad_thresholds):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 10
+    if grad_out is None:
+        return nothing
+    query, key, value, first, last, query_scale, alibi_slopes, alpha, thresholds = ctx.saved_tensors
+    alpha_grad = alpha is not None and ctx.needs_input_grad[7]
+    dq, dk, dv, dr, dalpha = call("entmax_attention_backward")(
+        grad_out,
+        query,
+        key,
+        value,
+        first,
+        last,
+        query_scale,
+        alibi_slopes,
+        alpha,
+        ctx.alpha_value,
+        ctx.scaling,
+        thresholds,
+        alpha_grad,
+    )
+    if alpha_grad:
+        dalpha = (dalpha.sum() if alpha.dim() == 0 else dalpha).to(alpha.dtype)
+    return (
+        dq,
+        dk,
+        dv,
+        None,
+        None,
+        dr if query_scale is not None else None,
+        None,
+        dalpha if alpha_grad else None,
+        None,
+        None,
+    )
+
+
+def _entmax(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
+    return reference.entmax_forward(scores, _alpha_for_map(alpha, alpha_value, scores))
+
+
+def _entmax_fake(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _entmax_backward(
+    grad: Tensor, output: Tensor, alpha: Tensor | None, alpha_value: float, alpha_grad: bool
+) -> tuple[Tensor, Tensor]:
+    rows_alpha = _alpha_for_map(alpha, alpha_value, output)
+    dscores, dalpha = reference.entmax_backward(grad, output, rows_alpha, alpha_grad)
+    return dscores, output.new_empty(0) if dalpha is None else dalpha
+
+
+def _entmax_backward_fake(
+    grad: Tensor, output: Tensor, alpha: Tensor | None, alpha_value: float, alpha_grad: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(output.dtype)
+    dalpha = output.new_empty(*output.shape[:-1], 1, dtype=dtype) if alpha_grad else output.new_empty(0)
+    return torch.empty_like(output), dalpha
+
+
+def _alpha_for_map(alpha: Tensor | None, alpha_value: float, scores: Tensor) -> reference.Alpha:
+    return alpha_value if alpha is None else alpha.to(reference.compute_dtype(scores.dtype))
+
+
+def _entmax_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, alpha, ctx.alpha_value = inputs
+    ctx.save_for_backward(output, alpha)
+
+
+def _entmax_autograd(ctx, grad):  # type: ignore[no-untyped-def]
+    output, alpha = ctx.saved_tensors
+    alpha_grad = alpha is not None and ctx.needs_input_grad[1]
+    dscores, dalpha = call("entmax_backward")(grad, output, alpha, ctx.alpha_value, alpha_grad)
+    return dscores, dalpha.sum_to_size(alpha.shape).to(alpha.dtype) if alpha_grad else None, None
+
+
+def call(name: str):  # type: ignore[no-untyped-def]
+    """The registered operator of that name."""
+    return getattr(getattr(torch.ops, OP_NAMESPACE), name)
+
+
+def _define(name: str, function, fake, autograd=None, context=None) -> None:  # type: ignore[no-untyped-def]
+    """Register a custom operator once. A checkpoint's own copy of this code may be executed several times in one
+    process; its namespace carries the code's hash, so an operator that is already there is the same operator."""
+    if hasattr(getattr(torch.ops, OP_NAMESPACE), name):
+        return
+    op = torch.library.custom_op(f"{OP_NAMESPACE}::{name}", function, mutates_args=())
+    op.register_fake(fake)
+    if autograd is not None:
+        op.register_autograd(autograd, setup_context=context)
+
+
+_define("entmax_attention_backward", _attention_backward, _attention_backward_fake)
+_define("entmax_attention", _attention, _attention_fake, _attention_autograd, _attention_context)
+_define("entmax_backward", _entmax_backward, _entmax_backward_fake)
+_define("entmax", _entmax, _entmax_fake, _entmax_autograd, _entmax_context)

@@ -1,0 +1,105 @@
+"""The query scale ``r`` and the learned alpha: everything learnable that ASEntmax adds to an attention layer."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+QUERY_SCALINGS = ("none", "log", "static", "adaptive")
+LEARNED_ALPHA_RANGE = (1.01, 2.0)
+NEUTRAL_DELTA = 1.0 - math.log(2.0)  # with zero weights r = delta + softplus(0) = 1: the start of a converted model
+
+
+class QueryScaleLinear(nn.Linear):
+    """One number per head from the layer's input, in float32 whatever the dtype of the weights.
+
+    A class of its own so that Transformers' weight initialisation can tell it from the model's other projections.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+class QueryScale(nn.Module):
+    """The factor ``r`` of each query's scores, and alpha where it is learned.
+
+    With ``n`` the number of keys that a query may see and x the layer's input:
+
+    - ``log`` (SSMax, arXiv 2501.19399): ``r = s_h log(1 + n)``, s_h starting so that r = 1 at ``query_scale_length``
+    - ``static``: ``r = delta + softplus(b_h) (log(1 + n))^(c tanh(d_h))``
+    - ``adaptive`` (ASEntmax, arXiv 2506.16640, eq. 8): as static, with ``b_h`` and ``d_h`` replaced by ``w_h x + b_h``
+      and ``u_h x + d_h``
+
+    where c is ``query_scale_gamma_range``. Weights and biases start at zero: r = delta + ln 2 everywhere.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        heads = config.num_attention_heads
+        self.query_scaling = config.query_scaling
+        self.delta = config.query_scale_delta
+        self.gamma_range = config.query_scale_gamma_range
+        self.start_length = config.query_scale_length
+        self.start_alpha = config.entmax_alpha
+        if self.query_scaling == "log":
+            self.log_scale = nn.Parameter(torch.empty(heads))
+        elif self.query_scaling == "static":
+            self.beta: Any = nn.Parameter(torch.empty(heads))
+            self.gamma: Any = nn.Parameter(torch.empty(heads))
+        elif self.query_scaling == "adaptive":
+            self.beta = QueryScaleLinear(config.hidden_size, heads)
+            self.gamma = QueryScaleLinear(config.hidden_size, heads)
+        self.alpha_logit = nn.Parameter(torch.empty(heads)) if config.entmax_alpha_learned else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, init: ModuleType = nn.init) -> None:
+        """The neutral start. ``init`` is ``torch.nn.init`` or Transformers' own version of it."""
+        if self.query_scaling == "log":
+            init.constant_(self.log_scale, 1.0 / math.log1p(self.start_length))
+        elif self.query_scaling == "static":
+            init.zeros_(self.beta)
+            init.zeros_(self.gamma)
+        elif self.query_scaling == "adaptive":
+            for projection in (self.beta, self.gamma):
+                init.zeros_(projection.weight)
+                init.zeros_(projection.bias)
+        if self.alpha_logit is not None:
+            low, high = LEARNED_ALPHA_RANGE
+            share = (self.start_alpha - low) / (high - low)
+            init.constant_(self.alpha_logit, math.log(share / (1.0 - share)))
+
+    def forward(self, hidden_states: Tensor, n: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """``r`` and alpha.
+
+        Args:
+            hidden_states: (B, T, hidden), the input of the attention module.
+            n: integer (B or 1, T), how many keys each query may see. A query that sees none counts as one key, so that
+                nothing is infinite where its output is zero anyway.
+
+        Returns:
+            r, float32 (B, H, T), or None for ``query_scaling="none"``; alpha (H,) where it is learned, else None.
+        """
+        alpha = None
+        if self.alpha_logit is not None:
+            low, high = LEARNED_ALPHA_RANGE
+            alpha = low + (high - low) * self.alpha_logit.float().sigmoid()
+        if self.query_scaling == "none":
+            return None, alpha
+        log_n = n.clamp(min=1).float().log1p()[:, None, :]
+        if self.query_scaling == "log":
+            r = self.log_scale.float()[:, None] * log_n
+        else:
+            if self.query_scaling == "static":
+                beta, gamma = self.beta.float()[:, None], self.gamma.float()[:, None]
+            else:
+                beta, gamma = self.beta(hidden_states).transpose(1, 2), self.gamma(hidden_states).transpose(1, 2)
+            r = self.delta + F.softplus(beta) * log_n.pow(self.gamma_range * gamma.tanh())
+        return r.expand(hidden_states.shape[0], -1, -1), alpha

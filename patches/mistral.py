@@ -1,0 +1,11 @@
+"""Mistral: a sliding window, which arrives through the mask."""
+
+from __future__ import annotations
+
+from transformers.models.mistral.modeling_mistral import MistralAttention
+
+from hf_asentmax.attention import ASEntmaxMixin
+
+
+class ASEntmaxMistralAttention(ASEntmaxMixin, MistralAttention):
+    """`MistralAttention` with ASEntmax in place of softmax."""

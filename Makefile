@@ -1,0 +1,46 @@
+# Python that makes the environment, and extra arguments for its `pip install`. PyPI's torch for Linux carries CUDA
+# (several GB); for a CPU-only environment: make env PIP_EXTRA="--index-url URL", URL being PyTorch's own CPU index.
+PYTHON ?= python3
+PIP_EXTRA ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env test demo lint wheel-smoke clean
+
+help: ## show this list
+	@echo "hf_asentmax: ASEntmax attention for Transformers. Each command sets up $(VENV) first if it is not there."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables:  PYTHON=$(PYTHON) (3.10 or newer)   PIP_EXTRA='$(PIP_EXTRA)' (more arguments for pip install)"
+
+env: $(STAMP) ## install the package and its tools into .venv, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  "PYTHON must be Python 3.10 or newer, got %d.%d; name one: make env PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing into $(VENV): a few minutes, more where pip downloads torch with CUDA"
+	$(BIN)/python -m pip install --quiet $(PIP_EXTRA) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: lint ## check style and types, then run the tests that need neither a GPU nor patience
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
+
+demo: env ## train two small twins (softmax, ASEntmax), compare them far beyond their training length: runs/demo
+	$(BIN)/python scripts/demo.py --output_dir runs/demo
+
+lint: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel-smoke: env ## build the wheel, install it elsewhere and use it from another folder
+	PYTHON=$(BIN)/python scripts/smoke_wheel.sh
+
+clean: ## remove build products and caches (not .venv, not runs)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""What every test shares: no network, caches of its own, a fixed seed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+# Read when transformers, datasets and matplotlib are imported, so set before anything else here imports them.
+_CACHE = tempfile.mkdtemp(prefix="hf_asentmax-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=_CACHE,  # a checkpoint's remote code is cached here: never read a former run's
+    MPLBACKEND="Agg",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+# The same examples in every run and no deadline: a slow machine fails no test.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=30)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Seed `random`, `numpy` and `torch`, so that a test does not depend on the ones before it."""
+    transformers.set_seed(0)
+
+
+@pytest.fixture
+def nan_in_empty() -> Iterator[None]:
+    """Fill `torch.empty` with NaN (integers: the largest value), so that reading what was never written shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # Filling is a part of torch's deterministic mode; warn_only keeps operations without such a version usable.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

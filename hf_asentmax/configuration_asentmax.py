@@ -7,7 +7,6 @@ The own model type keeps ``Auto`` classes from building a softmax model out of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from .positions import POSITIONS
+from .saving import modeling_source
 from .scaling import LEARNED_ALPHA_RANGE, QUERY_SCALINGS
 
 AUTO_CLASSES = {
@@ -22,15 +22,6 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "ForCausalLM",
     "AutoModelForSequenceClassification": "ForSequenceClassification",
 }
-
-
-def modeling_source(family: str) -> str:
-    """The self-contained modeling file of a family, as it travels with every checkpoint."""
-    name = f"modeling_asentmax_{family}.py"
-    if Path(__file__).name == name:  # this code is itself such a file
-        return Path(__file__).read_text(encoding="utf-8")
-    source: str = import_module(f"{__package__}.hub").generate_modeling(family)
-    return source
 
 
 @dataclass(kw_only=True, repr=False)

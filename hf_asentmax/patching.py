@@ -7,6 +7,7 @@ query scale. The constructors of our own model classes do the same to themselves
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
 from .configuration_asentmax import CONFIG_CLASSES, ASEntmaxConfigMixin
+from .saving import staged
 from .scaling import NEUTRAL_DELTA, QueryScale, QueryScaleLinear
 
 
@@ -65,8 +67,14 @@ class ASEntmaxModelMixin(PreTrainedModel):
         return self._check_and_adjust_attn_implementation(requested_attention)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever; a model patched in memory is from then on known by the folder it was saved in."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """As ever, but all files or none. A model patched in memory is from then on known by this folder."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with (
+            nullcontext(save_directory)
+            if distributed or kwargs.get("push_to_hub")
+            else staged(save_directory) as target
+        ):
+            super().save_pretrained(target, *args, **kwargs)
         if not self.name_or_path:
             self.name_or_path = str(save_directory)
 

@@ -15,7 +15,7 @@ FOLDERS = ("hf_asentmax", "patches", "scripts", "tests")
 # Modules of the core, lowest first: each may import the ones above its own line at module level, and nothing below.
 LAYERS = (
     ("hf_asentmax.ops",),
-    ("hf_asentmax.scaling", "hf_asentmax.positions"),
+    ("hf_asentmax.scaling", "hf_asentmax.positions", "hf_asentmax.saving"),
     ("hf_asentmax.attention", "hf_asentmax.configuration_asentmax"),
     ("hf_asentmax.patching",),
     ("hf_asentmax.patches",),

@@ -209,6 +209,9 @@ class ASEntmaxMixin(nn.Module):
                 "and leave out arguments of other attention implementations"
             )
         alpha, scale, slopes = entmax_parameters
+        if torch.is_autocast_enabled(query.device.type):  # rotary leaves q and k in float32 beside a 16-bit v
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
         out = (
             attention_from_intervals(

@@ -1,7 +1,7 @@
 """Model classes: each family's own, with ASEntmax attention. Importing this module registers them with ``Auto``.
 
-Each is the family's class with :class:`~hf_asentmax.patching.ASEntmaxModelMixin` before it; what they add is told there
-and in the config.
+Each is the family's class with :class:`~hf_asentmax.model_mixin.ASEntmaxModelMixin` before it; what they add is told
+there and in the config.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .configuration_asentmax import (
     ASEntmaxQwen3Config,
     ASEntmaxSmolLM3Config,
 )
+from .model_mixin import ASEntmaxModelMixin
 from .patches.llama import ASEntmaxLlamaAttention  # noqa: F401  (registers itself)
 from .patches.mistral import ASEntmaxMistralAttention  # noqa: F401  (registers itself)
 from .patches.qwen2 import ASEntmaxQwen2Attention  # noqa: F401  (registers itself)
 from .patches.qwen3 import ASEntmaxQwen3Attention  # noqa: F401  (registers itself)
 from .patches.smollm3 import ASEntmaxSmolLM3Attention  # noqa: F401  (registers itself)
-from .patching import ASEntmaxModelMixin
 
 
 class ASEntmaxLlamaModel(ASEntmaxModelMixin, LlamaModel):

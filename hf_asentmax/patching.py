@@ -7,99 +7,17 @@ query scale. The constructors of our own model classes do the same to themselves
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
 from .configuration_asentmax import CONFIG_CLASSES, ASEntmaxConfigMixin
-from .saving import staged
-from .scaling import NEUTRAL_DELTA, QueryScale, QueryScaleLinear
-
-
-class ASEntmaxModelMixin(PreTrainedModel):
-    """Mixed in before a family's model class: attention is ASEntmax, and nothing else can be had by accident."""
-
-    _supports_sdpa = False
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False  # no serving engine may put its own attention in
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if ASEntmaxModelMixin in cls.__bases__:
-            REPLACEMENTS[cls.__bases__[-1]] = cls
-            # Transformers notes a class's recordable outputs when one is constructed, which a swapped one never was.
-            dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
-
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        # A classifier builds its base model through AutoModel, which must know the class of this very config.
-        native: Any = AutoModel._model_mapping.get(type(config).__bases__[-1], None)
-        if native in REPLACEMENTS:
-            AutoModel.register(type(config), REPLACEMENTS[native], exist_ok=True)
-        super().__init__(config, *args, **kwargs)
-        _swap_classes(self)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, QueryScaleLinear):
-            initialization.zeros_(module.weight)
-            initialization.zeros_(module.bias)
-        elif isinstance(module, QueryScale):
-            module.reset_parameters(initialization)
-        else:
-            super()._init_weights(module)
-
-    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation not in (None, ATTENTION_NAME):
-            raise ValueError(
-                f'attn_implementation must be "{ATTENTION_NAME}" for {type(self).__name__}, '
-                f"got {attn_implementation!r}; leave it out, or call unpatch_model(model) to return to softmax"
-            )
-        return ATTENTION_NAME
-
-    def get_correct_attn_implementation(self, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
-        return self._check_and_adjust_attn_implementation(requested_attention)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever, but all files or none. A model patched in memory is from then on known by this folder."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with (
-            nullcontext(save_directory)
-            if distributed or kwargs.get("push_to_hub")
-            else staged(save_directory) as target
-        ):
-            super().save_pretrained(target, *args, **kwargs)
-        if not self.name_or_path:
-            self.name_or_path = str(save_directory)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT saves an adapter with the name of its base. A base that exists nowhere would be looked for under the
-        # name of the softmax checkpoint it was made from.
-        adapters = getattr(self, "peft_config", {})
-        if str(kwargs.get("prefix", "")).startswith("base_model.") and not all(
-            adapter.base_model_name_or_path for adapter in adapters.values()
-        ):
-            raise RuntimeError(
-                "an adapter must be saved with the name of its converted base, got a base that was patched in memory "
-                "only; call model.save_pretrained(folder) on the patched model before get_peft_model"
-            )
-        return super().state_dict(*args, **kwargs)
-
-
-def _swap_classes(model: nn.Module) -> None:
-    for module in model.modules():
-        replacement = REPLACEMENTS.get(type(module))
-        if replacement is not None:
-            module.__class__ = replacement
-            if isinstance(module, ASEntmaxMixin):
-                module.add_query_scale()
-
+from .model_mixin import ASEntmaxModelMixin, swap_classes
+from .scaling import NEUTRAL_DELTA
 
 _RECORD = "_asentmax_patch"
 
@@ -169,7 +87,7 @@ def patch_model(
     for name, module in model.named_modules():
         if name in originals:
             module.config = converted[id(originals[name])]
-    _swap_classes(model)
+    swap_classes(model)
     for name, module in attentions.items():
         device = weights[name].device
         if device.type == "meta" and name in hooks:  # offloaded: the new parameters are small and stay at work

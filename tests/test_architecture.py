@@ -15,11 +15,10 @@ FOLDERS = ("hf_asentmax", "patches", "scripts", "tests")
 # Modules of the core, lowest first: each may import the ones above its own line at module level, and nothing below.
 LAYERS = (
     ("hf_asentmax.ops",),
-    ("hf_asentmax.scaling", "hf_asentmax.positions", "hf_asentmax.saving"),
+    ("hf_asentmax.scaling", "hf_asentmax.positions", "hf_asentmax.saving", "hf_asentmax.validation"),
     ("hf_asentmax.attention", "hf_asentmax.configuration_asentmax"),
-    ("hf_asentmax.patching",),
-    ("hf_asentmax.patches",),
-    ("hf_asentmax.modeling_asentmax",),
+    ("hf_asentmax.model_mixin", "hf_asentmax.patches"),
+    ("hf_asentmax.patching", "hf_asentmax.modeling_asentmax"),
 )
 
 # Installed by extras only. A module of metrics is loaded by `evaluate`, which is then there.
@@ -182,7 +181,7 @@ def test_architecture_rule_finds_a_violation(rule: Rule, path: str, text: str) -
         ("hf_asentmax/modeling_asentmax.py", "from transformers.models.llama import LlamaModel"),
         ("hf_asentmax/ops/triton_forward.py", "import triton\nfrom .triton_common import block"),
         ("hf_asentmax/ops/attention.py", "def launch():\n    from .triton_forward import forward"),
-        ("patches/llama.py", "from hf_asentmax.patching import Patch"),
+        ("hf_asentmax/patching.py", "from hf_asentmax.model_mixin import swap_classes"),
         ("scripts/demo.py", "import hf_asentmax\nprint(hf_asentmax)"),
     ],
 )

@@ -1,0 +1,1 @@
+"""`evaluate.Metric` modules; each loads from its file with `evaluate.load(path)`."""

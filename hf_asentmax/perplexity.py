@@ -1,0 +1,144 @@
+"""Perplexity of a causal language model, by context length and by position.
+
+Different context lengths score different tokens unless one takes care: here every length scores the *same* final tokens
+of the same documents, so that a difference is the context's. Intervals are bootstrapped by document.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 1 << 28  # float32 elements, 1 GiB: positions x vocabulary
+BOOTSTRAP_SAMPLES = 2000
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int) -> Tensor:
+    """Negative log-likelihood, nats, of the last ``scored`` tokens of each row given all before them.
+
+    Args:
+        model: a causal language model, in eval mode.
+        input_ids: (B, L), int64, L > scored.
+        scored: how many tokens to score, from the end.
+
+    Returns:
+        (B, scored), float32.
+    """
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, -scored - 1 : -1]
+    head, targets = model.get_output_embeddings(), input_ids[:, -scored:]
+    step = max(1, LOGITS_AT_ONCE // (head.weight.shape[0] * len(input_ids)))
+    losses = [
+        F.cross_entropy(head(part).float().transpose(1, 2), target, reduction="none")
+        for part, target in zip(hidden.split(step, dim=1), targets.split(step, dim=1), strict=True)
+    ]
+    return torch.cat(losses, dim=1)
+
+
+def perplexity_by_length(
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], lengths: Sequence[int], *, scored: int = 512
+) -> list[dict[str, Any]]:
+    """Perplexity of the final tokens of each document at several context lengths.
+
+    Only documents of at least ``max(lengths)`` tokens count; of each the last ``max(lengths)`` tokens are used.
+
+    Args:
+        model: a causal language model; it is run in eval mode, one document at a time.
+        documents: token ids.
+        lengths: context lengths in tokens, the scored ones included.
+        scored: tokens scored at the end of each document, the same at every length.
+
+    Returns:
+        One row a length: length, perplexity, its 95 % interval (low, high), documents, tokens.
+
+    Raises:
+        ValueError: a length does not exceed ``scored``, or no document is long enough.
+    """
+    if min(lengths) <= scored:
+        raise ValueError(f"lengths must exceed the {scored} scored tokens, got {min(lengths)}; lower the scored tokens")
+    longest = max(lengths)
+    used = _share([ids for ids in documents if len(ids) >= longest])
+    if not _gathered([len(used)], sum_up=True):
+        raise ValueError(
+            f"documents must hold one of at least {longest} tokens, the longest has "
+            f"{max(map(len, documents), default=0)}; lower the lengths or give longer documents"
+        )
+    rows = []
+    for length in lengths:
+        means = [
+            float(token_losses(model, torch.tensor([list(ids[-length:])], device=model.device), scored).mean())
+            for ids in tqdm(used, desc=f"{length} tokens", unit=" documents", leave=False)
+        ]
+        means = _gathered(means)
+        rows.append(
+            {"length": length} | _interval(np.asarray(means)) | {"documents": len(means), "tokens": len(means) * scored}
+        )
+    return rows
+
+
+def perplexity_by_position(
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], length: int, *, buckets: int = 8
+) -> list[dict[str, Any]]:
+    """Perplexity of the first ``length`` tokens of each document, in buckets of equal width by position.
+
+    Args:
+        model: a causal language model.
+        documents: token ids; those shorter than ``length`` don't count.
+        length: tokens of each document.
+        buckets: number of buckets.
+
+    Returns:
+        One row a bucket: positions first and last, perplexity, low, high, documents.
+
+    Raises:
+        ValueError: no document is long enough, or there are more buckets than tokens.
+    """
+    used = _share([ids for ids in documents if len(ids) >= length])
+    if not _gathered([len(used)], sum_up=True) or not 1 <= buckets < length:
+        raise ValueError(
+            f"documents must hold one of at least {length} tokens and buckets must be fewer, got {buckets} buckets and "
+            f"at most {max(map(len, documents), default=0)} tokens; lower --lengths or --buckets"
+        )
+    edges = np.linspace(1, length, buckets + 1).round().astype(int)
+    means = []
+    for ids in tqdm(used, desc=f"positions to {length}", unit=" documents", leave=False):
+        losses = (
+            token_losses(model, torch.tensor([list(ids[:length])], device=model.device), length - 1)[0].cpu().numpy()
+        )
+        means.append([float(losses[a - 1 : b - 1].mean()) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    table = np.asarray(_gathered(means))
+    return [
+        {"first": int(a), "last": int(b - 1)} | _interval(table[:, i]) | {"documents": len(table)}
+        for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+    ]
+
+
+def _interval(means: np.ndarray) -> dict[str, float]:
+    """exp of the mean over documents, with the 95 % interval of a bootstrap over them (fixed seed)."""
+    draws = np.random.default_rng(0).integers(0, len(means), size=(BOOTSTRAP_SAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
+    return {"perplexity": math.exp(means.mean()), "low": math.exp(low), "high": math.exp(high)}
+
+
+def _share(items: list[Any]) -> list[Any]:
+    """This process's part under ``accelerate launch``; all of them in a single process."""
+    from accelerate import PartialState
+
+    with PartialState().split_between_processes(items) as part:
+        return list(part)
+
+
+def _gathered(items: list[Any], sum_up: bool = False) -> Any:
+    """The items of all processes in one list, or their sum."""
+    from accelerate.utils import gather_object
+
+    everything = gather_object(items)
+    return sum(everything) if sum_up else everything

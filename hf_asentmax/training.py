@@ -1,0 +1,149 @@
+"""The Trainer for ASEntmax models, which knows the query scale, and the schedule that moves alpha."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from .adapters import adapter_base, base_beside, is_adapter
+from .analysis import attention_support
+from .packing import PackedDataset, PackedStream
+from .patching import set_alpha
+
+QUERY_SCALE = ".query_scale."  # within the names of the parameters of the scale and of a learned alpha
+
+
+def is_asentmax(model: nn.Module) -> bool:
+    """Whether the model, or the base model of an adapter, computes ASEntmax attention."""
+    return hasattr(getattr(model, "config", None), "entmax_alpha")
+
+
+class AlphaSchedule(TrainerCallback):
+    """Moves alpha linearly from `start` to `target`, a function of the global step alone: it resumes exactly.
+
+    While it moves, alpha is a tensor (one compiled graph for all of its values); before and after it is a float. The
+    config says at every step, and so in every checkpoint, what the model computes.
+
+    Args:
+        target: the alpha to arrive at.
+        start: the alpha to begin with.
+        hold: share of the steps at `start`.
+        fraction: share of the steps in which alpha moves.
+
+    Raises:
+        ValueError: alpha lies outside [1, 2], or the shares are negative or add up to more than 1.
+    """
+
+    def __init__(self, target: float = 1.5, *, start: float = 1.0, hold: float = 0.0, fraction: float = 0.5) -> None:
+        for name, alpha in (("target", target), ("start", start)):
+            if not 1.0 <= alpha <= 2.0:
+                raise ValueError(f"{name} must be in [1, 2], got {alpha!r}; 1 is softmax, 1.5 usual, 2 sparsemax")
+        if hold < 0 or fraction < 0 or hold + fraction > 1:
+            raise ValueError(
+                f"hold and fraction must be shares of the steps, together at most 1, got {hold!r} and {fraction!r}; "
+                "leave some steps for the target"
+            )
+        self.target, self.start, self.hold, self.fraction = float(target), float(start), hold, fraction
+
+    def alpha_at(self, step: int, max_steps: int) -> float:
+        """Alpha during the step after `step` completed ones, of `max_steps`."""
+        begin, end = self._bounds(max_steps)
+        if step >= end:
+            return self.target
+        return self.start + (self.target - self.start) * (max(step - begin, 0) / max(end - begin, 1))
+
+    def _bounds(self, max_steps: int) -> tuple[int, int]:
+        return round(self.hold * max_steps), round((self.hold + self.fraction) * max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        begin, end = self._bounds(state.max_steps)
+        moves = self.start != self.target and begin <= state.global_step < end
+        set_alpha(kwargs["model"], self.alpha_at(state.global_step, state.max_steps), as_tensor=moves)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.settle(kwargs["model"], state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.settle(kwargs["model"], state)
+
+    def settle(self, model: nn.Module, state: TrainerState) -> None:
+        """Give the model the alpha of the current step as a float: the target, unless training stops early."""
+        set_alpha(model, self.alpha_at(state.global_step, state.max_steps))
+
+
+class ASEntmaxTrainer(Trainer):
+    """A Trainer with a learning rate for the query scale, that logs the support and saves adapters with their base.
+
+    Args:
+        query_scale_learning_rate: of the parameters of the query scale, which get no weight decay; None: as the others.
+        support_tokens: log support size and zero share on so many tokens of the last batch's first row; 0: don't.
+
+    The other arguments are the Trainer's. Packed data needs no collator.
+
+    Raises:
+        RuntimeError: the model is an adapter over an ASEntmax model whose converted base is not saved.
+    """
+
+    model: Any
+
+    def __init__(
+        self, *args: Any, query_scale_learning_rate: float | None = None, support_tokens: int = 256, **kwargs: Any
+    ) -> None:
+        if isinstance(kwargs.get("train_dataset"), (PackedDataset, PackedStream)):
+            # The default for a tokenizer pads, and an attention_mask would join the packed documents.
+            kwargs.setdefault("data_collator", default_data_collator)
+        super().__init__(*args, **kwargs)
+        if is_adapter(self.model) and is_asentmax(self.model):
+            adapter_base(self.model)
+        self.query_scale_learning_rate = query_scale_learning_rate
+        self.support_tokens = support_tokens
+        self._sample: dict[str, Tensor] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a parameter group of their own for the query scale's parameters."""
+        if self.optimizer is None and self.query_scale_learning_rate is not None:
+            optimizer = super().create_optimizer(model)
+            names = (self.model if model is None else model).named_parameters()
+            scale = {id(p): p for name, p in names if QUERY_SCALE in name and p.requires_grad}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in scale]
+            if scale:
+                own = {"params": list(scale.values()), "lr": self.query_scale_learning_rate, "weight_decay": 0.0}
+                optimizer.add_param_group(own)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.support_tokens and is_asentmax(self.model):
+            names = ("input_ids", "position_ids", "attention_mask")
+            cut = slice(self.support_tokens)
+            self._sample = {name: inputs[name][:1, cut] for name in names if inputs.get(name) is not None}
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sample:
+            logs["entmax_alpha"] = float(self.model.config.entmax_alpha)
+            logs.update(attention_support(self.model, **self._prepare_inputs(self._sample)).means())
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or str(self.args.output_dir)
+        beside = is_adapter(self.model) and is_asentmax(self.model) and self.args.should_save
+        with base_beside(self.model, folder) if beside else nullcontext():
+            super().save_model(output_dir, _internal_call)

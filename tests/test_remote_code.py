@@ -1,0 +1,173 @@
+"""The generated modeling files: what is in them, and that a checkpoint loads by them alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clean_environment import run_clean
+from helpers import FAMILIES, random_tokens, tiny_config, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import hf_asentmax
+from hf_asentmax import patch_model
+from hf_asentmax.hub import generate_modeling
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modeling_is_the_same_each_time_and_compiles(family: str) -> None:
+    text = generate_modeling(family)
+    generate_modeling.cache_clear()
+    assert generate_modeling(family) == text
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    others = [other for other in FAMILIES if other != family]
+    assert not [name for name in names if any(other in name.lower() for other in others)]
+    assert text.startswith("# Copyright")
+    assert f"Generated from hf_asentmax {hf_asentmax.__version__}, do not edit" in text
+
+
+def test_modeling_namespaces_differ() -> None:
+    namespaces = {
+        name for family in FAMILIES for name in re.findall(r'OP_NAMESPACE = "(.*)"', generate_modeling(family))
+    }
+    assert len(namespaces) == len(FAMILIES)
+    assert all(re.fullmatch(r"hf_asentmax_[0-9a-f]{8}", namespace) for namespace in namespaces)
+
+
+def test_modeling_of_an_unknown_family_is_refused() -> None:
+    with pytest.raises(ValueError, match="family must be one of llama.*got 'gpt2'"):
+        generate_modeling("gpt2")
+
+
+TOKENS = random_tokens(2, 12)
+Loaded = tuple[Path, dict[str, dict[str, Any]]]
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as ASEntmax, with scale parameters that change what it computes."""
+    patch_model(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".query_scale." in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {"<pad>": 0, "</s>": 1, "<s>": 2} | {f"w{number}": number for number in range(3, 64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    fast.save_pretrained(folder)
+
+
+CLEAN_LOAD = """
+import shutil
+from pathlib import Path
+import torch
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, pipeline)
+
+folder = Path(sys.argv[1])
+tokens = torch.load(folder / "tokens.pt")
+out = {}
+with torch.no_grad():
+    for family in sys.argv[2:]:
+        causal, classifier = folder / family / "causal", folder / family / "classifier"
+        trust = {"trust_remote_code": True}
+        config = AutoConfig.from_pretrained(causal, **trust)
+        assert config.model_type == f"asentmax_{family}", config.model_type
+        model = AutoModelForCausalLM.from_pretrained(causal, **trust).eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+        out[family] = {
+            "logits": model(tokens).logits,
+            "hidden": AutoModel.from_pretrained(causal, **trust).eval()(tokens).last_hidden_state,
+            "scores": AutoModelForSequenceClassification.from_pretrained(classifier, **trust).eval()(tokens).logits,
+        }
+        generate = pipeline("text-generation", model=str(causal), **trust)
+        out[family]["text"] = generate("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+        model.save_pretrained(folder / family / "again")
+        AutoTokenizer.from_pretrained(causal).save_pretrained(folder / family / "again")
+        again = AutoModelForCausalLM.from_pretrained(folder / family / "again", **trust).eval()
+        out[family]["again"] = again(tokens).logits
+torch.save(out, folder / "out.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """The folder of saved checkpoints, and what a clean environment computed with them, in one process for all."""
+    folder = tmp_path_factory.mktemp("clean")
+    torch.save(TOKENS, folder / "tokens.pt")
+    for family in FAMILIES:
+        randomised(tiny_model(family)).save_pretrained(folder / family / "causal")
+        save_tokenizer(folder / family / "causal")
+        torch.manual_seed(1)
+        classifier = AutoModelForSequenceClassification.from_config(tiny_config(family, num_labels=3))
+        randomised(classifier).save_pretrained(folder / family / "classifier")
+    run_clean(CLEAN_LOAD, folder, *FAMILIES, folder=folder / "environment")
+    return folder, torch.load(folder / "out.pt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_computes_the_same_without_the_package(loaded: Loaded, family: str) -> None:
+    folder, outputs = loaded[0] / family, loaded[1][family]
+    model = AutoModelForCausalLM.from_pretrained(folder / "causal").eval()
+    assert isinstance(model, getattr(hf_asentmax, type(model).__name__))
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "classifier").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["logits"], model(TOKENS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(outputs["hidden"], model.model(TOKENS).last_hidden_state, rtol=0, atol=0)
+        torch.testing.assert_close(outputs["scores"], classifier(TOKENS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(outputs["again"], outputs["logits"], rtol=0, atol=0)
+        generated = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    words = [f"w{token}" for token in generated[0].tolist() if token > 2]
+    assert re.findall(r"w\d+", outputs["text"]) == words
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_saved_again_without_the_package_is_the_same(loaded: Loaded, family: str) -> None:
+    folder = loaded[0] / family
+    for file in (f"modeling_asentmax_{family}.py", "config.json", "model.safetensors"):
+        assert (folder / "again" / file).read_bytes() == (folder / "causal" / file).read_bytes()
+
+
+def test_package_and_remote_code_work_in_one_process(tmp_path: Path) -> None:
+    model = randomised(tiny_model("llama"))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    for number in (1, 2):  # two versions of the code, each with operators of its own
+        folder = tmp_path / f"version{number}"
+        model.save_pretrained(folder)
+        code = folder / "modeling_asentmax_llama.py"
+        code.write_text(
+            code.read_text().replace('OP_NAMESPACE = "hf_asentmax_', f'OP_NAMESPACE = "hf_asentmax_{number}')
+        )
+        for _ in range(2):
+            theirs = get_class_from_dynamic_module(
+                "modeling_asentmax_llama.ASEntmaxLlamaForCausalLM", str(folder), force_download=True
+            )
+            assert theirs is not type(model)
+            loaded = theirs.from_pretrained(folder).eval()
+            loaded.train()
+            loss = loaded(TOKENS, labels=TOKENS).loss
+            loss.backward()
+            assert all(parameter.grad.isfinite().all() for parameter in loaded.parameters())
+            with torch.no_grad():
+                torch.testing.assert_close(loaded.eval()(TOKENS).logits, expected, rtol=0, atol=0)
+                torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=0)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "version1")
+    assert type(again) is hf_asentmax.ASEntmaxLlamaForCausalLM

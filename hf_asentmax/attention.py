@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .ops import reference
-from .ops.attention import attention_from_intervals
+from .ops.attention import attention_from_intervals, check_documents
 from .ops.intervals import document_starts
 from .positions import alibi_slopes
 from .scaling import QueryScale
@@ -43,6 +43,7 @@ _IGNORED = {
     "position_ids",
     "return_dict",
     "sliding_window",
+    "token_type_ids",
     "use_cache",
 }
 
@@ -81,7 +82,7 @@ def asentmax_mask(
     if mask_function is not causal_mask_function:
         first = _first_visible(mask_function, position, kv_length, kv_offset) - kv_offset
     if attention_mask is not None:
-        start, end = _unpadded(attention_mask, kv_length, kv_offset, check=q_length > 1)
+        start, end = _unpadded(attention_mask, kv_length, kv_offset)
         first, last = torch.maximum(first, start[:, None]), torch.minimum(last, end[:, None])
     return torch.stack([first, last], dim=-1).to(torch.int32)[:, None]
 
@@ -104,7 +105,7 @@ def _first_visible(mask_function: Callable, position: Tensor, kv_length: int, kv
     return high
 
 
-def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor, check: bool) -> tuple[Tensor, Tensor]:
+def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> tuple[Tensor, Tensor]:
     """First and last + 1 real key of each row, (B,) each; keys beyond the mask are not there yet."""
     missing = kv_length - attention_mask.shape[-1]
     if isinstance(kv_offset, Tensor) or kv_offset:
@@ -115,7 +116,7 @@ def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor, c
         mask = attention_mask[:, :kv_length] if missing <= 0 else attention_mask
     count = mask.sum(-1)
     start = mask.to(torch.int32).argmax(-1)
-    if check and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         reach = mask.shape[-1] - mask.flip(-1).to(torch.int32).argmax(-1)
         if bool(((start + count != reach) & (count > 0)).any()):
             raise ValueError(
@@ -154,10 +155,6 @@ class ASEntmaxMixin(nn.Module):
         super().__init_subclass__(**kwargs)
         REPLACEMENTS[cls.__bases__[-1]] = cls
 
-    def add_query_scale(self) -> None:
-        """Adds the parameters, for a module whose class was just changed to this one."""
-        self.query_scale = QueryScale(self.config)
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         if args:
             raise TypeError(f"{type(self).__name__} must be called with keyword arguments, got {len(args)} positional")
@@ -167,7 +164,8 @@ class ASEntmaxMixin(nn.Module):
                 f'"{self.config._attn_implementation}"; call unpatch_model(model) to return to softmax'
             )
         intervals = _check_intervals(kwargs.get("attention_mask"), hidden_states)
-        intervals = kwargs["attention_mask"] = _separate_documents(intervals, kwargs)
+        check = getattr(self, "layer_idx", 0) == 0 and not torch.compiler.is_compiling()
+        intervals = kwargs["attention_mask"] = _separate_documents(intervals, kwargs, check)
         n = (intervals[..., 1] - intervals[..., 0])[:, 0]
         scale, alpha = self.query_scale(hidden_states, n)
         slopes = alibi_slopes(self.config.positions, self.config.num_attention_heads, hidden_states.device)
@@ -176,8 +174,8 @@ class ASEntmaxMixin(nn.Module):
             kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         if self.config.positions == "nape" and scale is not None and slopes is not None:
             scale = torch.where(slopes[:, None] > 0, 1.0, scale)
-        if alpha is None:
-            alpha = self.scheduled_alpha
+        if alpha is None and self.scheduled_alpha is not None:
+            alpha = self.scheduled_alpha.to(hidden_states.device)
         if alpha is None:
             alpha = float(self.config.entmax_alpha)
         return super().forward(hidden_states, entmax_parameters=(alpha, scale, slopes), **kwargs)
@@ -202,6 +200,9 @@ class ASEntmaxMixin(nn.Module):
                 "remove_hook_from_module), call patch_model, then add them again"
             )
         unknown = {name for name, x in kwargs.items() if name not in _IGNORED and x is not None and x is not False}
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        if kwargs.get("sliding_window") not in (None, window):  # the mask holds the module's own window
+            unknown.add("sliding_window")
         if dropout or unknown:
             what = "attention dropout" if dropout else f"the arguments {sorted(unknown)}"
             raise NotImplementedError(
@@ -209,9 +210,8 @@ class ASEntmaxMixin(nn.Module):
                 "and leave out arguments of other attention implementations"
             )
         alpha, scale, slopes = entmax_parameters
-        if torch.is_autocast_enabled(query.device.type):  # rotary leaves q and k in float32 beside a 16-bit v
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
+            query, key = query.to(value.dtype), key.to(value.dtype)
         first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
         out = (
             attention_from_intervals(
@@ -258,9 +258,13 @@ def _check_intervals(attention_mask: Tensor | None, like: Tensor) -> Tensor:
     return attention_mask.to(like.device)
 
 
-def _separate_documents(intervals: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Keeps packed documents apart where Transformers' own mask doesn't: ``cu_seq_lens_q``, and position_ids that start
-    again while a cache is being filled (its detection stops at ``use_cache=True``, the default of a plain forward)."""
+def _separate_documents(intervals: Tensor, kwargs: dict[str, Any], check: bool) -> Tensor:
+    """Keeps packed documents apart wherever they are marked: by ``cu_seq_lens_q``, or by position_ids that start again.
+
+    Transformers' own mask does the latter only without a mask and without a cache, and ``use_cache=True`` is the
+    default of a plain forward; there, a position that jumps ahead also begins a document. Restarts within padding do
+    nothing.
+    """
     length = intervals.shape[2]
     cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if kwargs.get("seq_idx") is not None and cu_seqlens is None:
@@ -270,8 +274,15 @@ def _separate_documents(intervals: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return intervals
     index = torch.arange(length, device=intervals.device, dtype=torch.int32)
     if cu_seqlens is not None:
+        if intervals.shape[0] != 1:
+            raise ValueError(
+                f"cu_seq_lens_q must go with one row of packed documents, got a batch of {intervals.shape[0]}; "
+                "flatten them into one row"
+            )
+        if check:
+            check_documents(cu_seqlens, length)
         start = document_starts(cu_seqlens.to(intervals.device), index)[None]
-    elif position_ids is not None and position_ids.dim() == 2 and kwargs.get("past_key_values") is not None:
+    elif position_ids is not None and position_ids.dim() == 2:
         restart = position_ids[:, 1:] <= position_ids[:, :-1]
         start = torch.where(restart.to(intervals.device), index[1:], 0).cummax(-1).values
         start = torch.nn.functional.pad(start, (1, 0))

@@ -6,6 +6,7 @@ The own model type keeps ``Auto`` classes from building a softmax model out of a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,10 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "ForCausalLM",
     "AutoModelForSequenceClassification": "ForSequenceClassification",
 }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -59,8 +64,13 @@ class ASEntmaxConfigMixin:
     def validate_entmax(self) -> None:
         """Raises ValueError for a setting outside its rule."""
         alpha, (low, high) = self.entmax_alpha, LEARNED_ALPHA_RANGE
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
+        if not _is_number(alpha) or not 1.0 <= alpha <= 2.0:
             raise ValueError(f"entmax_alpha must be between 1 (softmax) and 2 (sparsemax), got {alpha!r}; try 1.5")
+        for name in ("query_scale_delta", "query_scale_gamma_range"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}; try the default")
+        if not isinstance(self.entmax_alpha_learned, bool):
+            raise ValueError(f"entmax_alpha_learned must be True or False, got {self.entmax_alpha_learned!r}")
         if self.entmax_alpha_learned and not low < alpha < high:
             raise ValueError(
                 f"entmax_alpha must start between {low} and {high} where it is learned, got {alpha!r}; start at 1.5"
@@ -73,10 +83,10 @@ class ASEntmaxConfigMixin:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if self.query_scale_gamma_range <= 0:
             raise ValueError(f"query_scale_gamma_range must be positive, got {self.query_scale_gamma_range!r}; try 2")
-        if not isinstance(self.query_scale_length, int) or self.query_scale_length < 1:
+        length = self.query_scale_length
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(
-                f"query_scale_length must be a positive number of tokens, got {self.query_scale_length!r}; "
-                "pass the training length"
+                f"query_scale_length must be a positive number of tokens, got {length!r}; pass the training length"
             )
         if getattr(self, "attention_dropout", 0.0):
             raise ValueError(

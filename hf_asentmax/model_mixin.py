@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from transformers import AutoModel, PreTrainedModel, initialization
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
-from .saving import staged
+from .saving import check_adapter_base, staged
 from .scaling import QueryScale, QueryScaleLinear
 from .validation import check_checkpoint
+
+PATCH_RECORD = "_asentmax_patch"  # where a model patched in memory keeps what unpatch_model restores
 
 
 class ASEntmaxModelMixin(PreTrainedModel):
@@ -38,7 +41,7 @@ class ASEntmaxModelMixin(PreTrainedModel):
         native: Any = AutoModel._model_mapping.get(type(config).__bases__[-1], None)
         if native in REPLACEMENTS:
             AutoModel.register(type(config), REPLACEMENTS[native], exist_ok=True)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(copy.copy(config), *args, **kwargs)  # its own: set_alpha must not reach another model
         swap_classes(self)
         self.post_init()
 
@@ -77,7 +80,10 @@ class ASEntmaxModelMixin(PreTrainedModel):
             raise
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As ever, but all files or none. A model patched in memory is from then on known by this folder."""
+        """As ever, but all files or none. A model patched in memory is known by the folder it was last saved in."""
+        adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if adapter:
+            check_adapter_base(self.name_or_path, self.config.entmax_alpha)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         with (
             nullcontext(save_directory)
@@ -85,28 +91,27 @@ class ASEntmaxModelMixin(PreTrainedModel):
             else staged(save_directory) as target
         ):
             super().save_pretrained(target, *args, **kwargs)
-        if not self.name_or_path:
+        if PATCH_RECORD in self.__dict__ and not adapter:
             self.name_or_path = str(save_directory)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT saves an adapter with the name of its base. A base that exists nowhere would be looked for under the
-        # name of the softmax checkpoint it was made from.
-        adapters = getattr(self, "peft_config", {})
-        if str(kwargs.get("prefix", "")).startswith("base_model.") and not all(
-            adapter.base_model_name_or_path for adapter in adapters.values()
-        ):
-            raise RuntimeError(
-                "an adapter must be saved with the name of its converted base, got a base that was patched in memory "
-                "only; call model.save_pretrained(folder) on the patched model before get_peft_model"
-            )
+        # PEFT saves an adapter with the name of its base, and takes the weights through here.
+        if str(kwargs.get("prefix", "")).startswith("base_model."):
+            for adapter in getattr(self, "peft_config", {}).values():
+                check_adapter_base(adapter.base_model_name_or_path, self.config.entmax_alpha)
         return super().state_dict(*args, **kwargs)
 
 
-def swap_classes(model: nn.Module) -> None:
-    """Turns a native model, built or loaded, into ours: classes change in place, parameters of the scale are added."""
-    for module in model.modules():
+def swap_classes(model: nn.Module, scales: dict[str, QueryScale] | None = None) -> None:
+    """Turns a native model, built or loaded, into ours: classes change in place, parameters of the scale are added.
+
+    Args:
+        model: the model.
+        scales: the query scale of each attention module by its name; new ones where there is none.
+    """
+    for name, module in model.named_modules():
         replacement = REPLACEMENTS.get(type(module))
         if replacement is not None:
             module.__class__ = replacement
             if isinstance(module, ASEntmaxMixin):
-                module.add_query_scale()
+                module.query_scale = QueryScale(module.config) if scales is None else scales[name]

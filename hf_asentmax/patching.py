@@ -16,10 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
 from .configuration_asentmax import CONFIG_CLASSES, ASEntmaxConfigMixin
-from .model_mixin import ASEntmaxModelMixin, swap_classes
-from .scaling import NEUTRAL_DELTA
-
-_RECORD = "_asentmax_patch"
+from .model_mixin import PATCH_RECORD, ASEntmaxModelMixin, swap_classes
+from .scaling import NEUTRAL_DELTA, QueryScale
 
 
 @dataclass
@@ -47,7 +45,8 @@ def patch_model(
     ``ASEntmax<Family>...`` model: it saves, loads, generates and trains as one. Other models are left alone.
 
     Args:
-        model: a Transformers causal LM, base model or sequence classifier of a supported family.
+        model: a Transformers causal LM, base model or sequence classifier of a supported family. Patch the outermost
+            model, since an unpatched one around it would not save as ASEntmax; patch before adapters are added.
         alpha: from 1 (softmax) to 2 (sparsemax).
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax).
         positions: "rope" keeps the family's own; "nope", "alibi" or "nape" replace them (and need training).
@@ -79,29 +78,33 @@ def patch_model(
     }
     converted = {id(config): _entmax_config(config, settings) for config in originals.values()}
     hooks = {name: module._hf_hook for name, module in attentions.items() if hasattr(module, "_hf_hook")}
-    weights = {name: next(module.q_proj.parameters()) for name, module in attentions.items()}
-    float_dtype = model.dtype
+    scales = {
+        name: QueryScale(converted[id(module.config)])
+        .to(device=_working_device(module), dtype=model.dtype)
+        .train(module.training)
+        for name, module in attentions.items()
+    }
 
+    # Nothing below can fail.
     patch = Patch(originals, model.name_or_path)
     _set_hooks(attentions, hooks, remove=True)
+    for module in attentions.values():
+        module.__dict__.pop("forward", None)  # the softmax class's own, bound; hooks leave it behind
     for name, module in model.named_modules():
         if name in originals:
             module.config = converted[id(originals[name])]
-    swap_classes(model)
-    for name, module in attentions.items():
-        device = weights[name].device
-        if device.type == "meta" and name in hooks:  # offloaded: the new parameters are small and stay at work
-            device = hooks[name].execution_device or torch.device("cpu")
-        module.query_scale.to(device=device, dtype=float_dtype)
+    swap_classes(model, scales)
     _set_hooks(attentions, hooks, remove=False)
     model.name_or_path = ""  # the softmax checkpoint is not where this model can be loaded from
-    model.__dict__[_RECORD] = patch
+    model.__dict__[PATCH_RECORD] = patch
     return model
 
 
 def _check_patchable(model: Any) -> dict[str, Any]:
     """The attention modules by name; raises where the model isn't one that can be patched."""
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or (
+        isinstance(model, nn.Module) and any(hasattr(module, "adapter_layer_names") for module in model.modules())
+    ):
         raise TypeError(
             "model must be patched before PEFT wraps it, got a model with adapters; call patch_model(base), "
             'base.save_pretrained(folder), then get_peft_model(base, LoraConfig(..., modules_to_save=["query_scale"]))'
@@ -131,12 +134,23 @@ def _check_patchable(model: Any) -> dict[str, Any]:
             f"found {len(attentions)} to replace; another package has replaced some of them, undo that first"
         )
     for name, module in attentions.items():
-        if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             raise ValueError(
                 f"{name}.forward must be the class's own, got one set on the instance, which would keep softmax; "
                 "undo what replaced it first"
             )
     return attentions
+
+
+def _working_device(attention: Any) -> torch.device:
+    """Where an attention module computes: the new parameters stay there even if the rest is offloaded."""
+    device: torch.device = next(attention.q_proj.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = getattr(attention.q_proj, "_hf_hook", None) or getattr(attention, "_hf_hook", None)
+    working = getattr(hook, "execution_device", None)
+    return device if hook is None else torch.device("cpu" if working is None else working)
 
 
 def _set_hooks(attentions: dict[str, Any], hooks: dict[str, Any], remove: bool) -> None:
@@ -147,6 +161,7 @@ def _set_hooks(attentions: dict[str, Any], hooks: dict[str, Any], remove: bool) 
         for name, hook in hooks.items():
             if remove:
                 remove_hook_from_module(attentions[name])
+                attentions[name].__dict__.pop("forward", None)  # accelerate puts the bound one of the old class back
             else:
                 add_hook_to_module(attentions[name], hook)
 
@@ -186,7 +201,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
             f"model must be an ASEntmax model without adapters, got {type(model).__name__}; "
             "merge_and_unload() adapters first"
         )
-    patch = model.__dict__.pop(_RECORD, None)
+    patch = model.__dict__.pop(PATCH_RECORD, None)
     configs = {} if patch is None else patch.configs
     derived: dict[int, PreTrainedConfig] = {}
     native = {ours: original for original, ours in REPLACEMENTS.items()}
@@ -195,6 +210,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     _set_hooks(attentions, hooks, remove=True)
     for module in attentions.values():
         del module.query_scale
+        module.__dict__.pop("scheduled_alpha", None)
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
         if isinstance(config, ASEntmaxConfigMixin):

@@ -1,7 +1,8 @@
-"""Writing a checkpoint: its modeling code beside it, and all of its files or none."""
+"""Writing a checkpoint: its modeling code beside it, all of its files or none, adapters with their base."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ def modeling_source(family: str) -> str:
 
 @contextmanager
 def staged(folder: str | os.PathLike) -> Iterator[Path]:
-    """A new folder beside ``folder`` to write a checkpoint into. Its files move to ``folder`` when all are written, and
-    weights of an earlier checkpoint there go; an error or a kill before that leaves ``folder`` as it was.
+    """A new folder within ``folder`` to write a checkpoint into. Its files move up when all are written, and weights of
+    an earlier checkpoint that they replace go; an error or a kill before that leaves the files there as they were.
 
     Raises:
         NotADirectoryError: ``folder`` is a file.
@@ -33,13 +34,39 @@ def staged(folder: str | os.PathLike) -> Iterator[Path]:
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"save_directory must be a folder, got the file {str(target)!r}; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staging:
-        yield Path(staging)
-        target.mkdir(exist_ok=True)
-        written = {path.name for path in Path(staging).iterdir()}
-        stale = [path for path in target.iterdir() if _WEIGHTS.fullmatch(path.name) and path.name not in written]
-        for name in sorted(written):
-            os.replace(Path(staging) / name, target / name)
-        for path in stale:
-            path.unlink()
+    existed = target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".saving-", dir=target) as staging:
+            yield Path(staging)
+            written = {path.name for path in Path(staging).iterdir()}
+            stale = [path for path in target.iterdir() if _WEIGHTS.fullmatch(path.name) and path.name not in written]
+            for name in sorted(written):
+                os.replace(Path(staging) / name, target / name)
+            if any(_WEIGHTS.fullmatch(name) for name in written):
+                for path in stale:
+                    path.unlink()
+    except BaseException:
+        if not existed:
+            target.rmdir()
+        raise
+
+
+def check_adapter_base(base: str | None, alpha: float) -> None:
+    """Raises where an adapter, saved now, would later be put onto a base that computes something else.
+
+    Args:
+        base: what the adapter names as its base: a folder or a Hub id.
+        alpha: what the model computes with now.
+
+    Raises:
+        RuntimeError: the base has no name, or is a folder with another alpha or with a softmax model.
+    """
+    config = Path(base or "") / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get("entmax_alpha") if base and config.is_file() else alpha
+    if not base or found != alpha:
+        got = "a base that was patched in memory only" if not base else f"alpha {found} in {base}, {alpha} in the model"
+        raise RuntimeError(
+            f"an adapter must be saved with the name of a converted base that computes what the model does, got {got}; "
+            "call model.save_pretrained(folder) on the patched model before get_peft_model or add_adapter"
+        )

@@ -25,7 +25,7 @@ site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("p
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/dependencies.pth"
 
 # A sub-package that pyproject.toml does not name would be missing without a word.
-find hf_asentmax patches model_cards/template.md -name '*.py' -o -name template.md -o -name py.typed |
+find hf_asentmax patches model_cards/__init__.py model_cards/template.md -name '*.py' -o -name template.md -o -name py.typed |
   sed -E 's#^(patches|model_cards)/#hf_asentmax/&#' >"$work/sources"
 
 mkdir "$work/elsewhere"

@@ -215,7 +215,7 @@ def entmax_attention(
             )
         if key_length is not None:
             raise ValueError("cu_seqlens must go without key_length; end the documents where the tokens end")
-        _check_documents(cu_seqlens, kv_length)
+        check_documents(cu_seqlens, kv_length)
     first, last = key_intervals(
         q_length,
         kv_length,
@@ -240,7 +240,8 @@ def entmax_attention(
     )
 
 
-def _check_documents(cu_seqlens: Tensor, length: int) -> None:
+def check_documents(cu_seqlens: Tensor, length: int) -> None:
+    """Raises ValueError unless the bounds of packed documents rise from 0 to ``length``. Reads their values."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens must be an integer tensor (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

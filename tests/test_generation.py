@@ -1,0 +1,195 @@
+"""Caches and generation: batched, padded, chunked or static, the model computes what one plain forward does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import TOLERANCE, random_tokens
+from test_patching import FOUND, entmax_model, native_model
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+CLOSE = TOLERANCE[torch.float32]
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+
+# What moves n, the positions or the cache: windows of 4 on some layers, positions of our own, a learned alpha.
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{family: (family, {}, {}) for family in FOUND},
+    "mistral-window": ("mistral", {"sliding_window": 4}, {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}),
+    "smollm3-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 4}, {}),
+    "llama-alibi": ("llama", {}, {"positions": "alibi", "query_scaling": "log"}),
+    "llama-nape": ("llama", {}, {"positions": "nape", "alpha_learned": True}),
+    "llama-nope": ("llama", {}, {"positions": "nope", "query_scaling": "static", "alpha": 2.0}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> Any:
+    family, config, settings = VARIANTS[request.param]
+    return entmax_model(family, config, **settings)
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as one batch, with its mask."""
+    length = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_zeros(length - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).long()
+    return ids, mask
+
+
+@torch.no_grad()
+def test_generation_left_padded_batch_equals_one_by_one(model: Any) -> None:
+    rows = [random_tokens(n, seed=n) for n in (11, 1, 6)]
+    ids, mask = left_padded(rows)
+    together = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
+    static = model.generate(ids, attention_mask=mask, cache_implementation="static", disable_compile=True, **GREEDY)[
+        :, ids.shape[1] :
+    ]
+    uncached = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)[:, ids.shape[1] :]
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], **GREEDY)[0, len(row) :]
+        assert torch.equal(together[i], alone)
+        assert torch.equal(static[i], alone)
+        assert torch.equal(uncached[i], alone)
+
+
+@torch.no_grad()
+def test_generation_cached_decode_equals_the_full_forward(model: Any) -> None:
+    tokens = random_tokens(2, 23)
+    expected = model(tokens, use_cache=False).logits
+    for sizes in ([23], [1] * 23, [7] + [1] * 16, [5, 9, 1, 8]):
+        cache, parts, start = DynamicCache(config=model.config), [], 0
+        for size in sizes:
+            parts.append(model(tokens[:, start : start + size], past_key_values=cache, use_cache=True).logits)
+            start += size
+        torch.testing.assert_close(torch.cat(parts, 1), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_generation_static_cache_equals_the_full_forward(model: Any) -> None:
+    tokens = random_tokens(2, 15)
+    expected = model(tokens, use_cache=False).logits
+    cache, parts, start = StaticCache(config=model.config, max_cache_len=31), [], 0
+    for size in [6, 1, 1, 5, 1, 1]:
+        parts.append(model(tokens[:, start : start + size], past_key_values=cache, use_cache=True).logits)
+        start += size
+    torch.testing.assert_close(torch.cat(parts, 1), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_generation_left_padded_chunks_equal_the_unpadded_forward(model: Any) -> None:
+    rows = [random_tokens(n, seed=n) for n in (17, 4, 9)]
+    ids, mask = left_padded(rows)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, parts = DynamicCache(config=model.config), []
+    for start, stop in [(0, 5), (5, 12), (12, 13), (13, 17)]:  # the first chunk of two rows is nothing but padding
+        parts.append(
+            model(
+                ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        )
+    logits = torch.cat(parts, 1)
+    assert torch.isfinite(logits).all()
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i, 17 - len(row) :], model(row[None]).logits[0], **CLOSE)
+
+
+@pytest.mark.parametrize("family", FOUND)
+@torch.no_grad()
+def test_generation_right_padding_equals_the_unpadded_forward(family: str) -> None:
+    model = entmax_model(family)
+    tokens = random_tokens(2, 14)
+    mask = torch.ones_like(tokens)
+    mask[0, 6:] = 0
+    for use_cache in (False, True):
+        logits = model(tokens, attention_mask=mask, use_cache=use_cache).logits
+        torch.testing.assert_close(logits[0, :6], model(tokens[:1, :6]).logits[0], **CLOSE)
+        torch.testing.assert_close(logits[1], model(tokens[1:]).logits[0], **CLOSE)
+        assert torch.isfinite(logits).all()
+
+
+@torch.no_grad()
+def test_generation_after_right_padding_raises_or_equals_one_by_one() -> None:
+    """The mask of the first decoded token has a hole, [1 1 0 0 1]: the one new key must not be lost for it."""
+    model = entmax_model()
+    tokens = random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, 9:] = 0
+    try:
+        together = model.generate(tokens, attention_mask=mask, **GREEDY)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        assert torch.equal(together[0, 12:], model.generate(tokens[:1, :9], **GREEDY)[0, 9:])
+        return
+    assert "hole" in refusal
+
+
+@torch.no_grad()
+def test_generation_other_strategies_agree_with_greedy(model: Any) -> None:
+    tokens = random_tokens(1, 9)
+    expected = model.generate(tokens, **GREEDY)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **GREEDY), expected)
+    assert torch.equal(model.generate(tokens, prefill_chunk_size=4, **GREEDY), expected)
+    best = model.generate(tokens.expand(2, -1), num_beams=3, **GREEDY)
+    assert torch.equal(best[0], best[1])
+    log_probabilities = [
+        model(row[:, :-1]).logits.log_softmax(-1).gather(2, row[:, 1:, None])[0, 8:, 0].sum()
+        for row in (best[:1], expected)
+    ]
+    assert log_probabilities[0] >= log_probabilities[1] - 1e-4
+
+
+@torch.no_grad()
+def test_generation_assisted_by_or_assisting_another_model_agrees_with_greedy() -> None:
+    model, other, tokens = entmax_model(), native_model("llama", num_hidden_layers=1), random_tokens(1, 9)
+    for main, assistant in ((model, other), (other, model)):
+        expected = main.generate(tokens, **GREEDY)
+        assert torch.equal(main.generate(tokens, assistant_model=assistant, **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_generation_sampling_repeats_with_its_seed() -> None:
+    model, tokens = entmax_model(), random_tokens(2, 5)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(model.generate(tokens, do_sample=True, max_new_tokens=8, top_k=20))
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("family", FOUND)
+@torch.no_grad()
+def test_generation_gives_attention_weights_of_every_step(family: str) -> None:
+    model, tokens = entmax_model(family), random_tokens(2, 5)
+    output = model.generate(
+        tokens, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
+    )
+    assert [step[0].shape for step in output.attentions] == [(2, 4, 5, 5), (2, 4, 1, 6), (2, 4, 1, 7)]
+    full = model(output.sequences[:, :-1], output_attentions=True).attentions
+    for layer, weights in enumerate(full):
+        torch.testing.assert_close(output.attentions[-1][layer], weights[:, :, -1:], **CLOSE)
+
+
+@torch.no_grad()
+def test_generation_continuous_batching_refuses_or_equals_generate() -> None:
+    model, tokens = entmax_model(), random_tokens(1, 6)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=1, pad_token_id=0)
+    refusal = ""
+    try:
+        outputs = model.generate_batch(inputs=[tokens[0].tolist()], generation_config=config)
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        refusal = str(error)
+    else:
+        found = next(iter(outputs.values())).generated_tokens
+        assert found == model.generate(tokens, generation_config=config)[0, 6:].tolist()
+    assert not refusal or "asentmax" in refusal
+    assert model.config._attn_implementation == "asentmax"
+    assert model(tokens).logits.isfinite().all()

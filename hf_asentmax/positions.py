@@ -17,6 +17,8 @@ def alibi_slopes(positions: str, heads: int, device: torch.device) -> Tensor | N
     - ``nape`` (arXiv 2506.16640): ``1 / h`` on the first half of the heads; the others, ceil(H / 2) of them, have no
       positions at all (NoPE)
     """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
     if positions in ("rope", "nope"):
         return None
     if positions == "nape":

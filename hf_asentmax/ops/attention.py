@@ -77,15 +77,30 @@ def entmax(scores: Tensor, *, alpha: float | Tensor = 1.5, dim: int = -1) -> Ten
 
 
 def _check_rows(name: str, x: Tensor | None, batch: int) -> None:
-    if x is not None and (x.dim() != 1 or x.shape[0] != batch or x.is_floating_point()):
-        raise ValueError(
-            f"{name} must be an integer tensor of shape ({batch},), one entry a row, got {x.dtype} {tuple(x.shape)}"
-        )
+    if x is not None and (not _is_integer_tensor(x) or tuple(x.shape) != (batch,)):
+        raise ValueError(f"{name} must be an integer tensor of shape ({batch},), one entry a row, got {_kind(x)}")
+
+
+def _is_integer_tensor(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
 def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
+    for name, x in (
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("query_scale", query_scale),
+        ("alibi_slopes", alibi_slopes),
+    ):
+        if not isinstance(x, Tensor) and not (x is None and name in ("query_scale", "alibi_slopes")):
+            raise TypeError(f"{name} must be a tensor, got {x!r}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape (batch, heads, tokens, head dim), got {tuple(x.shape)}")
@@ -135,8 +150,6 @@ def attention_from_intervals(
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient: slopes are constants; detach them")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if query.numel() == 0 or key.numel() == 0:
-        return query.new_zeros(*query.shape[:3], value.shape[-1])
     out: Tensor = call("entmax_attention")(
         query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling
     )[0]
@@ -172,7 +185,7 @@ def entmax_attention(
         alpha: a float in [1, 2] (1 is softmax), or a tensor of shape () or (H,) that may require a gradient.
         scaling: factor of the products, D^-0.5 by default.
         query_scale: float32 (B, H, T), factor of each query's scores.
-        alibi_slopes: (H,), non-negative; needs ``is_causal``.
+        alibi_slopes: (H,), 0 for a head without a bias; needs ``is_causal``.
         is_causal: query i sees no key after its own position.
         window: query i sees the keys j with ``0 <= i - j < window``; needs ``is_causal``.
         query_offset: position of the first query: an int, or an integer tensor of shape () or (B,). By default the
@@ -193,18 +206,19 @@ def entmax_attention(
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
     if not is_causal and (window is not None or alibi_slopes is not None):
         raise ValueError("window and alibi_slopes must go with is_causal=True, got is_causal=False; leave them out")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window must be a positive int or None, got {window!r}")
     if isinstance(query_offset, Tensor):
-        if query_offset.is_floating_point() or tuple(query_offset.shape) not in ((), (1,), (batch,)):
+        if not _is_integer_tensor(query_offset) or tuple(query_offset.shape) not in ((), (1,), (batch,)):
             raise ValueError(
-                f"query_offset must be an int or an integer tensor of shape () or ({batch},), "
-                f"got {query_offset.dtype} {tuple(query_offset.shape)}"
+                f"query_offset must be an int or an integer tensor of shape () or ({batch},), got {_kind(query_offset)}"
             )
     elif query_offset is None and is_causal and q_length > kv_length:
         raise ValueError(f"key must have at least as many tokens as query ({q_length}), got {kv_length}")
-    elif query_offset is not None and query_offset < 0:
-        raise ValueError(f"query_offset must not be negative, got {query_offset}")
+    elif query_offset is not None and (
+        not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0
+    ):
+        raise ValueError(f"query_offset must be an int of at least 0 or an integer tensor, got {query_offset!r}")
     _check_rows("key_start", key_start, batch)
     _check_rows("key_length", key_length, batch)
     if cu_seqlens is not None:
@@ -214,7 +228,9 @@ def entmax_attention(
                 f"got B = {batch}, T = {q_length}, N = {kv_length}; flatten the documents into one row"
             )
         if key_length is not None:
-            raise ValueError("cu_seqlens must go without key_length; end the documents where the tokens end")
+            raise ValueError(
+                "cu_seqlens must go without key_length, got both; end the last document where the tokens end"
+            )
         check_documents(cu_seqlens, kv_length)
     first, last = key_intervals(
         q_length,
@@ -242,10 +258,8 @@ def entmax_attention(
 
 def check_documents(cu_seqlens: Tensor, length: int) -> None:
     """Raises ValueError unless the bounds of packed documents rise from 0 to ``length``. Reads their values."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be an integer tensor (documents + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
+    if not _is_integer_tensor(cu_seqlens) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be an integer tensor of shape (documents + 1,), got {_kind(cu_seqlens)}")
     if torch.compiler.is_compiling():
         return
     bounds = cu_seqlens.tolist()

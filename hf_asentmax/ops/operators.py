@@ -152,7 +152,7 @@ def _attention_autograd(ctx, grad_out, grad_thresholds):  # type: ignore[no-unty
 
 
 def _entmax(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
-    return reference.entmax_forward(scores, _alpha_for_map(alpha, alpha_value, scores))
+    return reference.entmax_forward(scores, _alpha_for_map(alpha, alpha_value, scores)).contiguous()
 
 
 def _entmax_fake(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
@@ -164,7 +164,7 @@ def _entmax_backward(
 ) -> tuple[Tensor, Tensor]:
     rows_alpha = _alpha_for_map(alpha, alpha_value, output)
     dscores, dalpha = reference.entmax_backward(grad, output, rows_alpha, alpha_grad)
-    return dscores, output.new_empty(0) if dalpha is None else dalpha
+    return dscores.contiguous(), output.new_empty(0) if dalpha is None else dalpha
 
 
 def _entmax_backward_fake(

@@ -42,10 +42,9 @@ def _exponent(alpha: Alpha) -> Alpha:
 
 
 def _map(x: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor]:
-    """Weights p and slopes ``g = p^(2-alpha)`` (zero off the support) of whole rows, from ``x = s - max(s) - t``."""
+    """p and its slopes ``g = p^(2-alpha)``, zero off the support, from ``x = s - max(s) - t``."""
     if isinstance(alpha, float) and alpha == 1.0:
         p = x.exp()
-        p = _ratio(p, p.sum(-1, keepdim=True))  # takes out the rounding of t, which every weight of a row shares
         return p, p
     if isinstance(alpha, float) and alpha == 1.5:
         w = (1.0 + 0.5 * x).clamp_min_(0.0)
@@ -61,12 +60,26 @@ def _map(x: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor]:
 
 
 def _sums(u: Tensor, t: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor]:
-    """Row sums of p and g at the threshold t; for alpha = 1.5 without holding p."""
+    """Row sums of p and g at the threshold t; for alpha = 1.5 in fewer passes."""
     if isinstance(alpha, float) and alpha == 1.5:
         w = torch.add(1.0 - 0.5 * t, u, alpha=0.5).clamp_min_(0.0)
-        return torch.linalg.vector_norm(w, dim=-1, keepdim=True).square(), w.sum(-1, keepdim=True)
+        slope = w.sum(-1, keepdim=True)
+        return w.square_().sum(-1, keepdim=True), slope
     p, g = _map(u - t, alpha)
     return p.sum(-1, keepdim=True), g.sum(-1, keepdim=True)
+
+
+def _weights(x: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor]:
+    """p and g of whole rows, scaled to a mass of exactly 1: that takes out the rounding of t, which all weights of a
+    row share and which would cost 4e-4 of the mass over 262,144 equal keys in float32."""
+    p, g = _map(x, alpha)
+    mass = p.sum(-1, keepdim=True)
+    mass = mass.masked_fill_(mass == 0, 1.0)
+    if p is g:
+        p = g = p.div_(mass)
+    else:
+        p, g = p.div_(mass), g.div_(mass.pow(1.0 - _exponent(alpha)))
+    return p, g
 
 
 def _threshold(u: Tensor, alpha: Alpha) -> Tensor:
@@ -106,7 +119,7 @@ def entmax_forward(scores: Tensor, alpha: Alpha) -> Tensor:
     """alpha-entmax over the last dimension. (..., n) -> (..., n), same dtype; a row of -inf only gives zeros."""
     s = scores.to(compute_dtype(scores.dtype))
     u = s - _finite_max(s)
-    p, _ = _map(u - _threshold(u, alpha), alpha)
+    p, _ = _weights(u - _threshold(u, alpha), alpha)
     return p.to(scores.dtype)
 
 
@@ -166,6 +179,8 @@ class _Rows:
 
 def _chunks(first: Tensor, last: Tensor, batch: int, heads: int) -> list[tuple[slice, slice]]:
     """Row chunks, each with the range of keys that its rows may see."""
+    if 0 in (batch, heads, first.shape[1]):
+        return []
     most = _CHUNK_ELEMENTS.get(first.device.type, 1 << 24) // (batch * heads)
     low, high = torch.stack([first.amin(0), last.amax(0)]).tolist()
     total, chunks, start = len(low), [], 0
@@ -207,7 +222,7 @@ def attention_forward(
         u = chunk.scores(query_scale, alibi_slopes, scaling)
         u -= _finite_max(u)
         t = _threshold(u, alpha)
-        p, _ = _map(u.sub_(t), alpha)
+        p, _ = _weights(u.sub_(t), alpha)
         out[:, :, rows] = chunk.unfold(chunk.fold(p) @ value[:, :, keys].to(dtype)).to(out.dtype)
         thresholds[:, :, rows] = t
     return out, thresholds
@@ -240,7 +255,7 @@ def attention_backward(
         chunk = _Rows(query, key, first, last, rows, keys)
         u = chunk.scores(query_scale, alibi_slopes, scaling)
         u -= _finite_max(u)
-        p, g = _map(u.sub_(thresholds[:, :, rows]), alpha)
+        p, g = _weights(u.sub_(thresholds[:, :, rows]), alpha)
         grad = chunk.fold(grad_out[:, :, rows].to(dtype))
         dv[:, :, keys] += chunk.fold(p).transpose(-1, -2) @ grad
         centred = chunk.unfold(grad @ value[:, :, keys].to(dtype).transpose(-1, -2))
@@ -272,4 +287,4 @@ def attention_weights(
     rows, keys = slice(0, query.shape[2]), slice(0, key.shape[2])
     u = _Rows(query, key, first, last, rows, keys).scores(query_scale, alibi_slopes, scaling)
     u -= _finite_max(u)
-    return _map(u - _threshold(u, alpha), alpha)[0]
+    return _weights(u - _threshold(u, alpha), alpha)[0]

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from .validation import read_safetensors_header
 
 logger = logging.get_logger(__name__)
 
@@ -64,13 +65,10 @@ def checkpoint_problem(folder: str | os.PathLike[str], *, world_size: int = 1) -
 
 def _is_whole_safetensors(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, OverflowError, MemoryError):
+        read_safetensors_header(path)
+    except (OSError, ValueError):
         return False
-    return bool(path.stat().st_size == 8 + size + end)
+    return True
 
 
 def last_complete_checkpoint(

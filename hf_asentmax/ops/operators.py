@@ -36,18 +36,7 @@ def _attention(
     return reference.attention_forward(query, key, value, first, last, query_scale, alibi_slopes, rows_alpha, scaling)
 
 
-def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    last: Tensor,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    alpha: Tensor | None,
-    alpha_value: float,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     shape = query.shape[:3]
     dtype = reference.compute_dtype(query.dtype)
     return query.new_empty(*shape, value.shape[-1]), query.new_empty(*shape, 1, dtype=dtype)
@@ -88,23 +77,13 @@ def _attention_backward(
 
 
 def _attention_backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    first: Tensor,
-    last: Tensor,
-    query_scale: Tensor | None,
-    alibi_slopes: Tensor | None,
-    alpha: Tensor | None,
-    alpha_value: float,
-    scaling: float,
-    thresholds: Tensor,
-    alpha_grad: bool,
+    _: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    query_scale, alpha_grad = rest[2], rest[-1]
     nothing = query.new_empty(0)
-    dr = nothing if query_scale is None else torch.empty_like(query_scale)
-    dalpha = thresholds.new_empty(query.shape[1]) if alpha_grad else nothing.clone()
+    dr = torch.empty_like(query_scale) if isinstance(query_scale, Tensor) else nothing
+    dtype = reference.compute_dtype(query.dtype)
+    dalpha = query.new_empty(query.shape[1], dtype=dtype) if alpha_grad else nothing.clone()
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), dr, dalpha
 
 
@@ -155,7 +134,7 @@ def _entmax(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
     return reference.entmax_forward(scores, _alpha_for_map(alpha, alpha_value, scores)).contiguous()
 
 
-def _entmax_fake(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
+def _entmax_fake(scores: Tensor, *_: object) -> Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
@@ -167,11 +146,9 @@ def _entmax_backward(
     return dscores.contiguous(), output.new_empty(0) if dalpha is None else dalpha
 
 
-def _entmax_backward_fake(
-    grad: Tensor, output: Tensor, alpha: Tensor | None, alpha_value: float, alpha_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _entmax_backward_fake(_: Tensor, output: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype(output.dtype)
-    dalpha = output.new_empty(*output.shape[:-1], 1, dtype=dtype) if alpha_grad else output.new_empty(0)
+    dalpha = output.new_empty(*output.shape[:-1], 1, dtype=dtype) if rest[-1] else output.new_empty(0)
     return torch.empty_like(output), dalpha
 
 

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .sharding import gathered, is_main, share
+
 LOGITS_AT_ONCE = 1 << 28  # float32 elements, 1 GiB: positions x vocabulary
 BOOTSTRAP_SAMPLES = 2000
 
@@ -65,8 +67,8 @@ def perplexity_by_length(
     if min(lengths) <= scored:
         raise ValueError(f"lengths must exceed the {scored} scored tokens, got {min(lengths)}; lower the scored tokens")
     longest = max(lengths)
-    used = _share([ids for ids in documents if len(ids) >= longest])
-    if not _gathered([len(used)], sum_up=True):
+    used = [ids for ids in documents if len(ids) >= longest]
+    if not used:
         raise ValueError(
             f"documents must hold one of at least {longest} tokens, the longest has "
             f"{max(map(len, documents), default=0)}; lower the lengths or give longer documents"
@@ -75,9 +77,9 @@ def perplexity_by_length(
     for length in lengths:
         means = [
             float(token_losses(model, torch.tensor([list(ids[-length:])], device=model.device), scored).mean())
-            for ids in tqdm(used, desc=f"{length} tokens", unit=" documents", leave=False)
+            for ids in tqdm(share(used), desc=f"{length} tokens", unit=" documents", leave=False, disable=not is_main())
         ]
-        means = _gathered(means)
+        means = gathered(means)
         rows.append(
             {"length": length} | _interval(np.asarray(means)) | {"documents": len(means), "tokens": len(means) * scored}
         )
@@ -101,20 +103,20 @@ def perplexity_by_position(
     Raises:
         ValueError: no document is long enough, or there are more buckets than tokens.
     """
-    used = _share([ids for ids in documents if len(ids) >= length])
-    if not _gathered([len(used)], sum_up=True) or not 1 <= buckets < length:
+    used = [ids for ids in documents if len(ids) >= length]
+    if not used or not 1 <= buckets < length:
         raise ValueError(
             f"documents must hold one of at least {length} tokens and buckets must be fewer, got {buckets} buckets and "
             f"at most {max(map(len, documents), default=0)} tokens; lower --lengths or --buckets"
         )
     edges = np.linspace(1, length, buckets + 1).round().astype(int)
     means = []
-    for ids in tqdm(used, desc=f"positions to {length}", unit=" documents", leave=False):
+    for ids in tqdm(share(used), desc=f"positions to {length}", unit=" documents", leave=False, disable=not is_main()):
         losses = (
             token_losses(model, torch.tensor([list(ids[:length])], device=model.device), length - 1)[0].cpu().numpy()
         )
         means.append([float(losses[a - 1 : b - 1].mean()) for a, b in zip(edges[:-1], edges[1:], strict=True)])
-    table = np.asarray(_gathered(means))
+    table = np.asarray(gathered(means))
     return [
         {"first": int(a), "last": int(b - 1)} | _interval(table[:, i]) | {"documents": len(table)}
         for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
@@ -126,19 +128,3 @@ def _interval(means: np.ndarray) -> dict[str, float]:
     draws = np.random.default_rng(0).integers(0, len(means), size=(BOOTSTRAP_SAMPLES, len(means)))
     low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
     return {"perplexity": math.exp(means.mean()), "low": math.exp(low), "high": math.exp(high)}
-
-
-def _share(items: list[Any]) -> list[Any]:
-    """This process's part under ``accelerate launch``; all of them in a single process."""
-    from accelerate import PartialState
-
-    with PartialState().split_between_processes(items) as part:
-        return list(part)
-
-
-def _gathered(items: list[Any], sum_up: bool = False) -> Any:
-    """The items of all processes in one list, or their sum."""
-    from accelerate.utils import gather_object
-
-    everything = gather_object(items)
-    return sum(everything) if sum_up else everything

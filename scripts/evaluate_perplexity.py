@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_asentmax  # noqa: F401  (registers the Auto classes)
@@ -18,6 +17,7 @@ from hf_asentmax.data import load_documents
 from hf_asentmax.packing import token_lists
 from hf_asentmax.perplexity import perplexity_by_length, perplexity_by_position
 from hf_asentmax.runs import HelpFormatter
+from hf_asentmax.sharding import is_main, join_processes
 
 EXAMPLE = """
 examples:
@@ -56,11 +56,11 @@ def main() -> None:
     enough = [ids for ids in token_lists(documents, tokenizer, args.text_column) if len(ids) >= max(args.lengths)]
     enough = enough[: args.max_documents]
 
-    state = PartialState()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(state.device).eval()
+    device = join_processes()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
     by_length = perplexity_by_length(model, enough, args.lengths, scored=args.scored_tokens)
     by_position = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets) if args.buckets else []
-    if not state.is_main_process:
+    if not is_main():
         return
     line = "{:>13} {:>11} {:>9} {:>9} {:>10}".format
     print(line("length", "perplexity", "95 % low", "high", "documents"))

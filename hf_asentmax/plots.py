@@ -1,0 +1,187 @@
+"""Reports of evaluations: table, JSON, and pictures of accuracy by length, or by depth and length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints import write_json
+from .retrieval import results_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito: told apart by every kind of colour vision. The markers tell methods apart without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+FONT_SIZE = 12  # points
+
+
+def plot_ladder(
+    rows: Sequence[dict[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    train_length: int | None = None,
+    title: str | None = None,
+) -> Path:
+    """Draw accuracy against length, a line a method with 95 % intervals, and write it as an image.
+
+    Of a method with several seeds each is a thin line with its own intervals, and the thick line is their mean.
+
+    Args:
+        rows: method, seed, length, accuracy, low and high in %, as `synthetic_ladder` and `passkey` return them.
+        path: image file, PNG by its ending.
+        train_length: where to mark the longest length that was trained on.
+        title: heading.
+
+    Returns:
+        The path.
+    """
+    figure = _figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
+        runs = {seed: [row for row in own if row.get("seed") == seed] for seed in {row.get("seed") for row in own}}
+        for run in runs.values():
+            accuracy = [row["accuracy"] for row in run]
+            # Clipped, because rounding puts an end of the interval 1e-14 on the wrong side.
+            below = [max(0.0, row["accuracy"] - row["low"]) for row in run]
+            above = [max(0.0, row["high"] - row["accuracy"]) for row in run]
+            axes.errorbar(
+                [row["length"] for row in run],
+                accuracy,
+                yerr=[below, above],
+                color=colour,
+                capsize=3,
+                linewidth=0.8,
+                alpha=1.0 if len(runs) == 1 else 0.5,
+            )
+        lengths = sorted({row["length"] for row in own})
+        means = [fmean(row["accuracy"] for row in own if row["length"] == length) for length in lengths]
+        label = method if len(runs) == 1 else f"{method} (mean of {len(runs)} seeds)"
+        axes.plot(lengths, means, color=colour, marker=marker, linewidth=2.2, label=label)
+    if train_length is not None:
+        axes.axvline(train_length, color="gray", linestyle=":", label="training length")
+    axes.set_xscale("log", base=2)
+    shown = sorted({row["length"] for row in rows})
+    axes.set_xticks(shown, [f"{length:,}" for length in shown], rotation=0 if len(shown) < 8 else 45)
+    axes.minorticks_off()
+    axes.set(xlabel="length (tokens)", ylabel="exact match (%)", ylim=(-2, 102), title=title or "")
+    axes.grid(alpha=0.3)
+    axes.legend(title="bars: 95 % intervals")
+    return _write(figure, path)
+
+
+def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Draw accuracy by depth (down) and length (across), one panel a method, and write it as an image.
+
+    Args:
+        rows: method, length, depth in % of the haystack, and accuracy in %, as `needle` returns them.
+        path: image file, PNG by its ending.
+        title: heading.
+
+    Returns:
+        The path.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    figure = _figure(2.0 + len(methods) * max(3.0, 0.85 * len(lengths)), 2.0 + max(1.5, 0.45 * len(depths)))
+    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+    for axes, method in zip(panels, methods, strict=True):
+        shares = {(row["depth"], row["length"]): row["accuracy"] for row in rows if row["method"] == method}
+        grid = [[shares.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+        image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        for (depth, length), share in shares.items():
+            place, shade = (lengths.index(length), depths.index(depth)), "black" if share > 55 else "white"
+            axes.text(*place, f"{share:.0f}", ha="center", va="center", color=shade)
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
+        axes.set(xlabel="length (tokens)", title=method)
+    panels[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=list(panels), label="found (%)")
+    if title:
+        figure.suptitle(title)
+    return _write(figure, path)
+
+
+def plot_training(
+    runs: Mapping[str, dict[str, Any]], path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """Draw the training loss of several runs, and alpha and the exact zeros of those that are sparse, by step.
+
+    Args:
+        runs: what `run_training` wrote to results.json, by method.
+        path: image file, PNG by its ending.
+        title: heading.
+
+    Returns:
+        The path.
+    """
+    figure = _figure(11, 4.2)
+    left, right = figure.subplots(1, 2)
+    for colour, (method, results) in zip(COLOURS, runs.items(), strict=False):
+        log = [entry for entry in results["log"] if "loss" in entry]
+        steps = [entry["step"] for entry in log]
+        left.plot(steps, [entry["loss"] for entry in log], color=colour, label=method)
+        if any(entry.get("zero_share") for entry in log):
+            zeros = [100 * entry["zero_share"] for entry in log]
+            right.plot(steps, zeros, color=colour, label=f"{method}: weights exactly zero (%)")
+            alpha = [100 * (entry["entmax_alpha"] - 1) for entry in log]
+            right.plot(steps, alpha, "--", color=colour, label=f"{method}: 100 (alpha - 1)")
+    left.set(xlabel="step", ylabel="training loss (nats)")
+    right.set(xlabel="step", ylim=(-2, 102))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if title:
+        figure.suptitle(title)
+    return _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; no window and no pyplot, so no display is needed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["font.size"] = FONT_SIZE
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def write_report(
+    rows: Sequence[dict[str, Any]],
+    folder: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    train_length: int | None = None,
+) -> list[Path]:
+    """Write results.json (the rows), results.md (the table) and a picture, heatmap.png by depth or ladder.png.
+
+    Args:
+        rows: results of `synthetic_ladder`, `passkey` or `needle`.
+        folder: where to; made if it is not there.
+        title: heading of the picture.
+        train_length: marked in a ladder.
+
+    Returns:
+        The three paths.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", list(rows))
+    (folder / "results.md").write_text(results_table(rows) + "\n", encoding="utf-8")
+    if any("depth" in row for row in rows):
+        picture = plot_heatmap(rows, folder / "heatmap.png", title=title)
+    else:
+        picture = plot_ladder(rows, folder / "ladder.png", title=title, train_length=train_length)
+    return [folder / "results.json", folder / "results.md", picture]

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read when transformers, datasets and matplotlib are imported, so set before anything else here imports them.
 _CACHE = tempfile.mkdtemp(prefix="hf_asentmax-tests-")
@@ -22,6 +23,9 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from helpers import tiny_model  # noqa: E402
+
+from hf_asentmax import patch_model  # noqa: E402
 
 # The same examples in every run and no deadline: a slow machine fails no test.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=30)
@@ -46,3 +50,19 @@ def nan_in_empty() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small ASEntmax checkpoint in one file."""
+    folder = tmp_path / "tiny-asentmax"
+    patch_model(tiny_model("llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The same in several files."""
+    folder = tmp_path / "tiny-shards"
+    patch_model(tiny_model("llama")).save_pretrained(folder, max_shard_size="20KB")
+    return folder

@@ -18,26 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_asentmax
-from hf_asentmax import patch_model
 from hf_asentmax.hub import check_asentmax_checkpoint, plan_upload, push, write_model_card
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A small ASEntmax checkpoint in one file."""
-    folder = tmp_path / "tiny-asentmax"
-    patch_model(tiny_model("llama")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """The same in several files."""
-    folder = tmp_path / "tiny-shards"
-    patch_model(tiny_model("llama")).save_pretrained(folder, max_shard_size="20KB")
-    return folder
 
 
 def test_only_an_asentmax_checkpoint_with_its_code_is_pushed(tmp_path: Path, checkpoint: Path) -> None:

@@ -11,30 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_asentmax import patch_model
 from hf_asentmax.validation import check_checkpoint, read_safetensors_header
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A small ASEntmax checkpoint in one file."""
-    folder = tmp_path / "tiny-asentmax"
-    patch_model(tiny_model("llama")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    """The same in several files."""
-    folder = tmp_path / "tiny-shards"
-    patch_model(tiny_model("llama")).save_pretrained(folder, max_shard_size="20KB")
-    return folder
 
 
 def test_header_gives_every_tensor(checkpoint: Path) -> None:

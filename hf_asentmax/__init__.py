@@ -29,6 +29,7 @@ from .modeling_asentmax import (
     ASEntmaxSmolLM3Model,
 )
 from .ops.attention import entmax, entmax_attention
+from .ops.baselines import adaptive_temperature_attention, topk_attention
 from .patching import patch_model, set_alpha, unpatch_model
 from .scaling import QueryScale
 
@@ -66,9 +67,11 @@ __all__ = [
     "ASEntmaxSmolLM3ForSequenceClassification",
     "ASEntmaxSmolLM3Model",
     "QueryScale",
+    "adaptive_temperature_attention",
     "entmax",
     "entmax_attention",
     "patch_model",
     "set_alpha",
+    "topk_attention",
     "unpatch_model",
 ]

@@ -5,6 +5,8 @@ Written from the definitions alone; it shares no code with the package.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from entmax import entmax15, entmax_bisect, sparsemax
 from torch import Tensor
@@ -59,22 +61,20 @@ def visible_keys(
     return mask
 
 
-def dense_attention(
+def dense_scores(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     *,
-    alpha: float | Tensor = 1.5,
     scaling: float | None = None,
     query_scale: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     query_offset: int | Tensor | None = None,
     **rules: object,
 ) -> Tensor:
-    """`entmax_attention` with every intermediate written out, in float64 whatever the dtype of the arguments."""
+    """float64 (B, H, T, N): the scores of `entmax_attention`, -inf where the query may not see the key."""
     batch, heads, q_length, dim = query.shape
-    kv_length, groups = key.shape[2], heads // key.shape[1]
-    keys, values = (x.double().repeat_interleave(groups, dim=1) for x in (key, value))
+    kv_length = key.shape[2]
+    keys = key.double().repeat_interleave(heads // key.shape[1], dim=1)
     scores = torch.einsum("bhid,bhjd->bhij", query.double(), keys) * (dim**-0.5 if scaling is None else scaling)
     if query_scale is not None:
         scores = scores * query_scale.double()[..., None]
@@ -83,6 +83,14 @@ def dense_attention(
         distance = torch.arange(q_length)[:, None] + offset - torch.arange(kv_length)
         scores = scores - alibi_slopes.double()[:, None, None] * distance
     mask = visible_keys(batch, q_length, kv_length, query_offset=query_offset, **rules)  # type: ignore[arg-type]
+    return scores.masked_fill(~mask[:, None], -torch.inf)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, alpha: float | Tensor = 1.5, **options: Any
+) -> Tensor:
+    """`entmax_attention` with every intermediate written out, in float64 whatever the dtype of the arguments."""
+    values = value.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     if isinstance(alpha, Tensor):
         alpha = alpha.double().reshape(-1, 1, 1)
-    return dense_entmax(scores.masked_fill(~mask[:, None], -torch.inf), alpha) @ values
+    return dense_entmax(dense_scores(query, key, **options), alpha) @ values

@@ -212,6 +212,7 @@ def test_forward_left_bound_by_a_removed_hook_is_dropped() -> None:
 def test_bad_forward_below_a_hook_is_refused_or_survives() -> None:
     """accelerate's hook hides a forward that was set on the instance before it."""
     import accelerate
+
     model = native_model("llama")
     module = attention_modules(model)[1]
     module.forward = lambda **kwargs: (torch.zeros_like(kwargs["hidden_states"]), None)

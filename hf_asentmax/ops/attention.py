@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .intervals import key_intervals
 from .operators import call
+from .softmax import softmax_attention, takes_softmax
 
 MIN_ALPHA, MAX_ALPHA = 1.0, 2.0
 
@@ -89,9 +90,10 @@ def _kind(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-def _check_shapes(
+def check_tensors(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
+    """Raises TypeError or ValueError unless these are the tensors that :func:`entmax_attention` describes."""
     for name, x in (
         ("query", query),
         ("key", key),
@@ -128,6 +130,8 @@ def _check_shapes(
         )
     if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
         raise ValueError(f"alibi_slopes must have shape (heads,) = ({heads},), got {tuple(alibi_slopes.shape)}")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient: slopes are constants; detach them")
 
 
 def attention_from_intervals(
@@ -141,17 +145,34 @@ def attention_from_intervals(
     scaling: float | None = None,
     query_scale: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    is_causal: bool | None = None,
 ) -> Tensor:
-    """:func:`entmax_attention` for queries whose visible keys are given as int32 intervals (B or 1, T)."""
+    """:func:`entmax_attention` for queries whose visible keys are given as int32 intervals (B or 1, T).
+
+    ``is_causal`` repeats what a caller knows of the intervals, so that a GPU's softmax (alpha the float 1.0) need not
+    read them: True if T = N and query i sees the keys up to i, False if every query sees every key, None otherwise.
+    """
     tensor, alpha_value = check_alpha(alpha)
     if tensor is not None and tuple(tensor.shape) not in ((), (query.shape[1],)):
         raise ValueError(f"alpha must be a float or have shape () or ({query.shape[1]},), got {tuple(tensor.shape)}")
-    _check_shapes(query, key, value, query_scale, alibi_slopes)
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise ValueError("alibi_slopes must not require a gradient: slopes are constants; detach them")
+    check_tensors(query, key, value, query_scale, alibi_slopes)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if tensor is None and alpha_value == 1.0 and query.is_cuda and takes_softmax(query, key, value):
+        return softmax_attention(
+            query,
+            key,
+            value,
+            first,
+            last,
+            scaling=scaling,
+            query_scale=query_scale,
+            alibi_slopes=alibi_slopes,
+            is_causal=is_causal,
+        )
+    leaves = (query, key, value, query_scale, tensor)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     out: Tensor = call("entmax_attention")(
-        query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling
+        query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling, differentiable
     )[0]
     return out
 
@@ -202,7 +223,50 @@ def entmax_attention(
 
     Reference: arXiv 2506.16640 (ASEntmax), arXiv 2108.12409 (ALiBi).
     """
-    _check_shapes(query, key, value, query_scale, alibi_slopes)
+    first, last, plain = checked_intervals(
+        query,
+        key,
+        value,
+        query_scale,
+        alibi_slopes,
+        is_causal=is_causal,
+        window=window,
+        query_offset=query_offset,
+        key_start=key_start,
+        key_length=key_length,
+        cu_seqlens=cu_seqlens,
+    )
+    return attention_from_intervals(
+        query,
+        key,
+        value,
+        first,
+        last,
+        alpha=alpha,
+        scaling=scaling,
+        query_scale=query_scale,
+        alibi_slopes=alibi_slopes,
+        is_causal=plain,
+    )
+
+
+def checked_intervals(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *,
+    is_causal: bool = True,
+    window: int | None = None,
+    query_offset: int | Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, bool | None]:
+    """The intervals of keys that the queries of :func:`entmax_attention` see, its arguments checked, and what these
+    alone tell of the intervals: the ``is_causal`` of :func:`attention_from_intervals`."""
+    check_tensors(query, key, value, query_scale, alibi_slopes)
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
     if not is_causal and (window is not None or alibi_slopes is not None):
         raise ValueError("window and alibi_slopes must go with is_causal=True, got is_causal=False; leave them out")
@@ -243,17 +307,10 @@ def entmax_attention(
         cu_seqlens=cu_seqlens,
         device=query.device,
     )
-    return attention_from_intervals(
-        query,
-        key,
-        value,
-        first,
-        last,
-        alpha=alpha,
-        scaling=scaling,
-        query_scale=query_scale,
-        alibi_slopes=alibi_slopes,
-    )
+    if any(x is not None for x in (window, query_offset, key_start, key_length, cu_seqlens)):
+        return first, last, None
+    full = not is_causal or q_length == 1
+    return first, last, False if full else True if q_length == kv_length else None
 
 
 def check_documents(cu_seqlens: Tensor, length: int) -> None:

@@ -1,10 +1,12 @@
 """alpha-entmax and its attention as custom operators: one node each to ``torch.compile`` and ``torch.export``.
 
-The plain PyTorch implementation of ``reference.py`` serves every device; a faster one registers itself for its device
-type beside it (``CustomOpDef.register_kernel``).
+The device chooses what computes them: on a GPU the Triton kernels of ``triton_*.py`` for float16, bfloat16 and float32,
+and the plain PyTorch of ``reference.py`` for all else.
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ from torch import Tensor
 from . import reference
 
 OP_NAMESPACE = "hf_asentmax"
+
+
+def uses_kernels(query: Tensor, alpha: Tensor | None, alpha_value: float) -> bool:
+    """Whether the kernels serve these arguments. Softmax is not theirs, nor is float64."""
+    softmax = alpha is None and alpha_value == 1.0
+    return query.is_cuda and query.dtype != torch.float64 and not softmax and find_spec("triton") is not None
 
 
 def _alpha_for_rows(alpha: Tensor | None, alpha_value: float, dtype: torch.dtype) -> reference.Alpha:
@@ -31,15 +39,50 @@ def _attention(
     alpha: Tensor | None,
     alpha_value: float,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what the backward needs: each query's threshold, the mean of the values by slope, and which tiles
+    have support. The last two are empty unless the kernels are used and ``differentiable``."""
+    nothing = query.new_empty(0)
+    if uses_kernels(query, alpha, alpha_value):
+        from .triton_common import Problem
+        from .triton_forward import kernel_forward
+
+        problem = Problem(query, key, value, first, last, query_scale, alibi_slopes, alpha, alpha_value, scaling)
+        out, state, mean, tiles = kernel_forward(problem, differentiable)
+        if mean is None:
+            return out, state, nothing, tiles.new_empty(0)
+        return out, state, mean, tiles
     rows_alpha = _alpha_for_rows(alpha, alpha_value, query.dtype)
-    return reference.attention_forward(query, key, value, first, last, query_scale, alibi_slopes, rows_alpha, scaling)
+    out, thresholds = reference.attention_forward(
+        query, key, value, first, last, query_scale, alibi_slopes, rows_alpha, scaling
+    )
+    return out, thresholds, nothing, first.new_empty(0)
 
 
-def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:3]
-    dtype = reference.compute_dtype(query.dtype)
-    return query.new_empty(*shape, value.shape[-1]), query.new_empty(*shape, 1, dtype=dtype)
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    nothing, no_tiles = query.new_empty(0), first.new_empty(0)
+    if uses_kernels(query, alpha, alpha_value):
+        from .triton_common import tiles_shape
+
+        state = query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
+        if not differentiable:
+            return out, state, nothing, no_tiles
+        return out, state, torch.empty_like(out), first.new_empty(tiles_shape(query, key), dtype=torch.int32)
+    return out, query.new_empty(*query.shape[:3], 1, dtype=reference.compute_dtype(query.dtype)), nothing, no_tiles
 
 
 def _attention_backward(
@@ -54,26 +97,49 @@ def _attention_backward(
     alpha: Tensor | None,
     alpha_value: float,
     scaling: float,
-    thresholds: Tensor,
+    state: Tensor,
+    mean: Tensor,
+    tiles: Tensor,
     alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows_alpha = _alpha_for_rows(alpha, alpha_value, query.dtype)
-    dq, dk, dv, dr, dalpha = reference.attention_backward(
-        grad_out,
-        query,
-        key,
-        value,
-        first,
-        last,
-        query_scale,
-        alibi_slopes,
-        rows_alpha,
-        scaling,
-        thresholds,
-        alpha_grad,
-    )
+    if uses_kernels(query, alpha, alpha_value):
+        from .triton_backward import kernel_backward
+        from .triton_common import Problem
+
+        if mean.numel() == 0 and query.numel() > 0:
+            raise RuntimeError(
+                "differentiable must be True for a backward, got False in the forward; call it with the gradient on"
+            )
+        problem = Problem(query, key, value, first, last, query_scale, alibi_slopes, alpha, alpha_value, scaling)
+        dq, dk, dv, dr, dalpha = kernel_backward(problem, grad_out, state, mean, tiles, alpha_grad)
+        dq, dk, dv = _laid_out(dq, query), _laid_out(dk, key), _laid_out(dv, value)
+        dr = dr if dr is None or query_scale is None else _laid_out(dr, query_scale)
+    else:
+        rows_alpha = _alpha_for_rows(alpha, alpha_value, query.dtype)
+        dq, dk, dv, dr, dalpha = reference.attention_backward(
+            grad_out,
+            query,
+            key,
+            value,
+            first,
+            last,
+            query_scale,
+            alibi_slopes,
+            rows_alpha,
+            scaling,
+            state,
+            alpha_grad,
+        )
     nothing = query.new_empty(0)
     return dq, dk, dv, nothing if dr is None else dr, nothing.clone() if dalpha is None else dalpha
+
+
+def _laid_out(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the dtype and with the strides that ``torch.empty_like(x)`` has: what the fake promises."""
+    layout = torch.empty_like(x, device="meta")
+    if gradient.dtype == x.dtype and gradient.stride() == layout.stride():
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
 
 
 def _attention_backward_fake(
@@ -88,16 +154,15 @@ def _attention_backward_fake(
 
 
 def _attention_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.alpha_value, ctx.scaling = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.alpha_value, ctx.scaling, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _attention_autograd(ctx, grad_out, grad_thresholds):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 10
+def _attention_autograd(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
     if grad_out is None:
-        return nothing
-    query, key, value, first, last, query_scale, alibi_slopes, alpha, thresholds = ctx.saved_tensors
+        return (None,) * 11
+    query, key, value, first, last, query_scale, alibi_slopes, alpha, *saved = ctx.saved_tensors
     alpha_grad = alpha is not None and ctx.needs_input_grad[7]
     dq, dk, dv, dr, dalpha = call("entmax_attention_backward")(
         grad_out,
@@ -111,23 +176,13 @@ def _attention_autograd(ctx, grad_out, grad_thresholds):  # type: ignore[no-unty
         alpha,
         ctx.alpha_value,
         ctx.scaling,
-        thresholds,
+        *saved,
         alpha_grad,
     )
     if alpha_grad:
         dalpha = (dalpha.sum() if alpha.dim() == 0 else dalpha).to(alpha.dtype)
-    return (
-        dq,
-        dk,
-        dv,
-        None,
-        None,
-        dr if query_scale is not None else None,
-        None,
-        dalpha if alpha_grad else None,
-        None,
-        None,
-    )
+    dr, dalpha = dr if query_scale is not None else None, dalpha if alpha_grad else None
+    return dq, dk, dv, None, None, dr, None, dalpha, None, None, None
 
 
 def _entmax(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:

@@ -1,0 +1,266 @@
+"""Entmax attention, backward: over the tiles that have support, and nothing else.
+
+With p and g of ``triton_common.py``, scores ``s_ij = c_i <q_i, k_j> + bias``, ``c_i = scaling * r_i`` and
+``dp_ij = <do_i, v_j>``:
+
+    ds_ij = g_ij (dp_ij - delta_i)       delta_i = sum_j g_ij dp_ij / sum_j g_ij = <do_i, mean_i>
+    dq_i = c_i sum_j ds_ij k_j           dk_j = sum_i c_i ds_ij q_i           dv_j = sum_i p_ij do_i
+    dr_i = scaling <q_i, sum_j ds_ij k_j>
+    dalpha = sum_ij (dp_ij - delta_i) p_ij phi_ij,   phi = (1 + a - exp(a)) / (alpha-1)^2,  a = -(alpha-1) log p_ij
+
+where ``mean_i = sum_j g_ij v_j / sum_j g_ij`` comes from the forward. ``_queries_kernel`` takes a tile of queries and
+its list of key tiles, ``_keys_kernel`` a tile of keys and its list of query tiles, of all heads of the group. Each sum
+has one owner and a fixed order: the same inputs give the same bits.
+
+Source: arXiv 1909.00015, propositions 1 and 2; the terms of dalpha collected so that nothing cancels near alpha = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import (
+    Config,
+    Problem,
+    excess,
+    key_tile_ranges,
+    launch,
+    list_tiles,
+    load_exponent,
+    load_intervals,
+    load_row_scale,
+    load_tile,
+    log1p,
+    store_tile,
+    weights,
+)
+
+# The first for narrow heads.
+_QUERIES = (Config(4, 3, {}, 168), Config(4, 2), Config(4, 1))
+_KEYS = (Config(4, 2, {}, 168), Config(4, 2), Config(4, 1))
+
+
+@triton.jit
+def _alpha_slopes(y, p, g, e, EXACT: tl.constexpr):
+    """``p phi``: the derivative of p with respect to alpha at a fixed threshold."""
+    a = tl.maximum(-log1p(tl.where(y > -1.0, y, 0.0), EXACT), 0.0)
+    series = 0.5 + a * (1 / 6 + a * (1 / 24 + a * (1 / 120 + a * (1 / 720 + a * (1 / 5040 + a * (1 / 40320))))))
+    return tl.where(a < 0.5, p * a * a * series, g - p * (1.0 + a)) * (-1.0 / (e * e))
+
+
+@triton.jit
+def _queries_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, mean_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr,
+    tiles_ptr, dq_ptr, dr_ptr, dalpha_ptr, delta_ptr, edges_ptr, list_ptr,
+    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdb, sdh, sdt, interval_stride, alpha_stride,
+    T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
+    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    SLOPES: tl.constexpr = slopes_ptr is not None
+    n_row_tiles = tl.num_programs(0)
+    tile_row = n_row_tiles - 1 - tl.program_id(0)
+    bh = first_head + tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    first, last, visible = load_intervals(first_ptr, last_ptr, b * interval_stride, rows, T)
+    begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
+    edges = edges_ptr + (bh * n_row_tiles + tile_row) * 2
+    tl.store(edges, inner_begin)
+    tl.store(edges + 1, inner_end)
+
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * n_key_tiles
+    words = tiles_ptr + (bh * n_row_tiles + tile_row) * n_words
+    count = list_tiles(words, n_words, tile_list, 128)
+    tl.debug_barrier()
+
+    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+    c = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE)
+    ce = c * e
+    threshold = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=1.0)
+    norm = tl.load(state_ptr + (bh * T + rows) * 2 + 1, mask=rows < T, other=0.0)
+    kz = ce * norm
+    slope = 0.0
+    origin = 0
+    slope_ptr = slopes_ptr
+    if SLOPES:
+        slope_ptr = slopes_ptr + h
+        slope = e * tl.load(slope_ptr)
+        if slope != 0.0:
+            kz = norm
+        origin = tl.load(last_ptr + b * interval_stride + tile_row * TILE) - 1
+    q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+    grad = load_tile(grad_ptr + b * sgb + h * sgh, tile_row * TILE, sgt, T, DIM_V, BLOCK_DIM_V, TILE)
+    mean = load_tile(mean_ptr + bh * T * DIM_V, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
+    delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
+    tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
+    k_base = k_ptr + b * skb + h // GROUP * skh
+    v_base = v_ptr + b * svb + h // GROUP * svh
+
+    acc = tl.zeros((TILE, BLOCK_DIM), tl.float32)
+    dalpha = tl.zeros((TILE,), tl.float32)
+    first_ptr += b * interval_stride
+    last_ptr += b * interval_stride
+    for i in range(0, count):
+        j = tl.load(tile_list + i)
+        k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
+        v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
+        partial = (j < inner_begin) | (j >= inner_end)
+        dp = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
+        y = excess(
+            q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE,
+            SLOPES,
+        )  # fmt: skip
+        p, g = weights(y, e, ALPHA, EXACT)
+        if dalpha_ptr is not None:
+            dalpha += tl.sum(_alpha_slopes(y, p, g, e, EXACT) * dp, 1)
+        acc = tl.dot((g * dp).to(k.dtype), k, acc, input_precision="ieee")
+
+    if dr_ptr is not None:
+        tl.store(dr_ptr + bh * T + rows, scaling * tl.sum(q.to(tl.float32) * acc, 1), mask=rows < T)
+    if dalpha_ptr is not None:
+        tl.store(dalpha_ptr + bh * T + rows, dalpha, mask=rows < T)
+    store_tile(dq_ptr + b * sdb + h * sdh, acc * c[:, None], tile_row * TILE, sdt, T, DIM, BLOCK_DIM, TILE)
+
+
+@triton.jit
+def _keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr,
+    dk_ptr, dv_ptr, delta_ptr, edges_ptr, list_ptr,
+    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdkb, sdkh, sdkt, sdvb, sdvh, sdvt,
+    interval_stride, alpha_stride,
+    T, N, H, GROUP, n_row_tiles, n_words, scaling, alpha_value, first_head,
+    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    SLOPES: tl.constexpr = slopes_ptr is not None
+    j = tl.program_id(0)  # the keys that the most queries see first
+    heads_kv = H // GROUP
+    bh_kv = first_head + tl.program_id(1).to(tl.int64)
+    b, h_kv = bh_kv // heads_kv, bh_kv % heads_kv
+    first_query_head = b * H + h_kv * GROUP
+
+    # The query tiles of the group's heads that have support here: place = head in group * n_row_tiles + query tile.
+    n_places = GROUP * n_row_tiles
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + j) * n_places
+    words = tiles_ptr + first_query_head * n_row_tiles * n_words + j // 32
+    edges_ptr += first_query_head * n_row_tiles * 2
+    n_full = 0
+    count = 0
+    for part in tl.static_range(2):  # first the tiles that need no mask, then the others
+        for start in range(0, n_places, 128):
+            place = start + tl.arange(0, 128)
+            word = tl.load(words + place * n_words, mask=place < n_places, other=0)
+            bit = (word >> (j % 32)) & 1
+            inner_begin = tl.load(edges_ptr + place * 2, mask=bit != 0, other=0)
+            inner_end = tl.load(edges_ptr + place * 2 + 1, mask=bit != 0, other=0)
+            partial = ((j < inner_begin) | (j >= inner_end)).to(tl.int32)
+            bit = tl.where(partial == part, bit, 0)
+            tl.store(tile_list + count + tl.cumsum(bit, 0) - 1, place, mask=bit != 0)
+            count += tl.sum(bit, 0)
+        if part == 0:
+            n_full = count
+    tl.debug_barrier()
+
+    k = load_tile(k_ptr + b * skb + h_kv * skh, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
+    v = load_tile(v_ptr + b * svb + h_kv * svh, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
+    dk = tl.zeros((TILE, BLOCK_DIM), tl.float32)
+    dv = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
+    first_ptr += b * interval_stride
+    last_ptr += b * interval_stride
+    for part in tl.static_range(2):
+        for i in range(n_full if part else 0, count if part else n_full):
+            place = tl.load(tile_list + i)
+            h = h_kv * GROUP + place // n_row_tiles
+            tile_row = place % n_row_tiles
+            offset = (b * H + h) * T
+            rows = tile_row * TILE + tl.arange(0, TILE)
+            inside = rows < T
+            q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+            grad = load_tile(grad_ptr + b * sgb + h * sgh, tile_row * TILE, sgt, T, DIM_V, BLOCK_DIM_V, TILE)
+            threshold = tl.load(state_ptr + (offset + rows) * 2, mask=inside, other=1.0)
+            norm = tl.load(state_ptr + (offset + rows) * 2 + 1, mask=inside, other=0.0)
+            delta = tl.load(delta_ptr + offset + rows, mask=inside, other=0.0)
+            c = load_row_scale(scale_ptr, offset, rows, T, scaling, TILE)
+            e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+            ce = c * e
+            kz = ce * norm
+            slope = 0.0
+            origin = 0
+            slope_ptr = slopes_ptr
+            if SLOPES:
+                slope_ptr = slopes_ptr + h
+                slope = e * tl.load(slope_ptr)
+                if slope != 0.0:
+                    kz = norm
+                origin = tl.load(last_ptr + tile_row * TILE) - 1
+            y = excess(
+                q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, part, first_ptr, last_ptr, rows, T, TILE,
+                SLOPES,
+            )  # fmt: skip
+            p, g = weights(y, e, ALPHA, EXACT)
+            dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv, input_precision="ieee")
+            ds = g * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+            if scale_ptr is not None:
+                ds = ds * c[:, None]
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+
+    if scale_ptr is None:
+        dk = dk * scaling
+    store_tile(dk_ptr + b * sdkb + h_kv * sdkh, dk, j * TILE, sdkt, N, DIM, BLOCK_DIM, TILE)
+    store_tile(dv_ptr + b * sdvb + h_kv * sdvh, dv, j * TILE, sdvt, N, DIM_V, BLOCK_DIM_V, TILE)
+
+
+def kernel_backward(
+    problem: Problem, grad_out: Tensor, state: Tensor, mean: Tensor, tiles: Tensor, alpha_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, query_scale (float32, or None) and alpha (float32 (H,), or None)."""
+    x = problem
+    B, H, T = x.query.shape[:3]
+    heads_kv, N = x.key.shape[1:3]
+    dq, dk, dv = torch.empty_like(x.query), torch.empty_like(x.key), torch.empty_like(x.value)
+    delta = torch.empty(B, H, T, dtype=torch.float32, device=x.query.device)
+    dr = torch.empty_like(delta) if x.query_scale is not None else None
+    dalpha = torch.empty_like(delta) if alpha_grad else None
+    if x.query.numel() == 0 or x.key.numel() == 0:
+        for gradient in (dq, dk, dv, dr, dalpha):
+            if gradient is not None:
+                gradient.zero_()
+        return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    edges = torch.empty(B, H, x.n_row_tiles, 2, dtype=torch.int32, device=dq.device)
+
+    strides = [s for t in (x.query, x.key, x.value, grad_out) for s in t.stride()[:3]]
+    tile_list = torch.empty(x.heads_at_once * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
+    for first_head in range(0, B * H, x.heads_at_once):
+        heads = min(x.heads_at_once, B * H - first_head)
+        launch(
+            _queries_kernel,
+            (x.n_row_tiles, heads),
+            _QUERIES if x.widest <= 64 else _QUERIES[1:],
+            x.constants(value=True),
+            x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
+            dq, dr, dalpha, delta, edges, tile_list,
+            *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
+            T, N, H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
+        )  # fmt: skip
+    at_once = max(1, x.heads_at_once // x.group)
+    if at_once * x.group > x.heads_at_once:
+        tile_list = torch.empty(x.group * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
+    for first_head in range(0, B * heads_kv, at_once):
+        heads = min(at_once, B * heads_kv - first_head)
+        launch(
+            _keys_kernel,
+            (x.n_key_tiles, heads),
+            _KEYS if x.widest <= 64 else _KEYS[1:],
+            x.constants(value=True),
+            x.query, x.key, x.value, grad_out, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
+            dk, dv, delta, edges, tile_list,
+            *strides, *dk.stride()[:3], *dv.stride()[:3], x.interval_stride, x.alpha_stride,
+            T, N, H, x.group, x.n_row_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
+        )  # fmt: skip
+    return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))

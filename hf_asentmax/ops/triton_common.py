@@ -1,0 +1,325 @@
+"""What the attention kernels share: tiles, lists of tiles, the entmax weights of a tile, and launches.
+
+Queries and keys are cut into tiles of ``tile`` tokens. Of a query tile and a key tile that share no support nothing is
+computed after the first pass. One bit says whether they do: ``tiles`` is int32 (B, H, query tiles, words), and key
+tile j is bit ``j % 32`` of word ``j // 32``.
+
+With ``z = (alpha-1) s`` the kernels hold, for every query, a threshold such that ``y = z - threshold`` gives
+
+    alpha = 1.5:  p = [y]_+^2,              g = p^(2-alpha) = [y]_+
+    alpha = 2:    p = [y]_+,                g = 1 on the support
+    else:         p = [1+y]_+^(1/(alpha-1)), g = p / (1+y)          (the threshold is tau + 1: nothing is lost near 1)
+
+Source: arXiv 1905.05702, eq. 10; arXiv 1909.00015, propositions 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+from triton.runtime.errors import OutOfResources
+
+HIDDEN = tl.constexpr(-1.0e30)  # the score of a key that a query may not see
+NOTHING = tl.constexpr(1.0e30)  # the threshold of a query that may see no key
+LARGEST_HEAD_DIM = 256
+_HAS_FAST_LOG = torch.version.cuda is not None and not triton.knobs.runtime.interpret
+_MOST_HEADS = 65535  # what a grid holds along its second axis
+_LISTS_AT_ONCE = 1 << 24  # entries of the transient lists of tiles: 64 MiB
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def any_bit(bits, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """int32 (ROWS * TILE,) -> (ROWS,): the union of the bits of each tile of rows."""
+    return tl.reduce(tl.reshape(bits, (ROWS, TILE)), 1, either)
+
+
+@triton.jit
+def load_tile(ptr, start, stride, end, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Rows ``start`` to ``start + ROWS`` of a (tokens, DIM) array, zeros from row ``end`` and column DIM on."""
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    pointers = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    mask = (start + rows < end)[:, None]
+    if DIM != BLOCK_DIM:
+        mask = mask & (dims < DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, x, start, stride, end, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    pointers = ptr + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    mask = (start + rows < end)[:, None] & (dims < DIM)[None, :]
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_intervals(first_ptr, last_ptr, offset, rows, T):
+    """``first``, ``last`` and whether there is a key between them, for each of ``rows``."""
+    inside = rows < T
+    first = tl.load(first_ptr + offset + rows, mask=inside, other=0)
+    last = tl.load(last_ptr + offset + rows, mask=inside, other=0)
+    return first, last, first < last
+
+
+@triton.jit
+def key_tile_ranges(first, last, visible, TILE: tl.constexpr):
+    """The key tiles that some of the rows see, ``begin`` to ``end``, and those that all of them see in full,
+    ``inner_begin`` to ``inner_end``: the former without the latter need a mask."""
+    begin = tl.min(tl.where(visible, first, 2147483647), 0) // TILE
+    end = (tl.max(tl.where(visible, last, 0), 0) + TILE - 1) // TILE
+    inner_begin = (tl.max(tl.where(visible, first, 0), 0) + TILE - 1) // TILE
+    inner_end = tl.min(tl.where(visible, last, 2147483647), 0) // TILE
+    if inner_end <= inner_begin:
+        inner_begin = begin
+        inner_end = begin
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def load_exponent(alpha_ptr, h, stride, alpha_value, ALPHA: tl.constexpr):
+    """alpha - 1 of a head."""
+    if ALPHA == 1:
+        return 0.5
+    elif ALPHA == 2:
+        return 1.0
+    else:
+        alpha = alpha_value
+        if alpha_ptr is not None:
+            alpha = tl.load(alpha_ptr + h * stride)
+        return tl.maximum(alpha - 1.0, 1.0e-6)
+
+
+@triton.jit
+def load_row_scale(scale_ptr, offset, rows, T, scaling, ROWS: tl.constexpr):
+    """``scaling * r_i``: what turns a product of query and key into a score."""
+    if scale_ptr is None:
+        return tl.zeros((ROWS,), tl.float32) + scaling
+    else:
+        return scaling * tl.load(scale_ptr + offset + rows, mask=rows < T, other=0.0)
+
+
+@triton.jit
+def log1p(y, EXACT: tl.constexpr):
+    """log(1 + y) for y > -1, without loss for small y. EXACT is within rounding, the other within 1e-5 of it and three
+    times faster."""
+    u = 1.0 + y
+    if EXACT:
+        return tl.log(u) + (y - (u - 1.0)) / u
+    else:
+        series = y * (1.0 - y * (0.5 - y * (1.0 / 3.0 - 0.25 * y)))
+        return tl.where(tl.abs(y) < 0.03, series, 0.6931471805599453 * libdevice.fast_log2f(u))
+
+
+@triton.jit
+def weights(y, e, ALPHA: tl.constexpr, EXACT: tl.constexpr):
+    """p and g of the scores' excess over the threshold."""
+    if ALPHA == 1:
+        w = tl.maximum(y, 0.0)
+        return w * w, w
+    elif ALPHA == 2:
+        return tl.maximum(y, 0.0), tl.where(y > 0.0, 1.0, 0.0)
+    else:
+        inside = y > -1.0
+        y = tl.where(inside, y, 0.0)
+        g = tl.where(inside, tl.exp(log1p(y, EXACT) * (1.0 / e - 1.0)), 0.0)
+        return g * (1.0 + y), g
+
+
+@triton.jit
+def newton_step(mass, slope, e, ALPHA: tl.constexpr):
+    """Newton on the 1/(alpha-1)-norm of the weights: from below the root it never goes past it."""
+    slope = tl.maximum(slope, 1.0e-30)
+    if ALPHA == 1:
+        return (mass - tl.sqrt(mass)) / slope
+    elif ALPHA == 2:
+        return (mass - 1.0) / slope
+    else:
+        a = e * tl.log(tl.maximum(mass, 1.0e-30))
+        small = a * (1.0 - a * (0.5 - a * (1.0 / 6.0)))
+        return tl.where(tl.abs(a) < 0.01, small, 1.0 - tl.exp(-a)) * mass / slope
+
+
+@triton.jit
+def hide(x, hidden, j, first_ptr, last_ptr, rows, T, WIDTH: tl.constexpr):
+    """``hidden`` in place of x (rows, WIDTH) where a row may not see the key. Called under a branch, it loads the
+    intervals anew: were they at hand, the compiler would run this for every tile, under a predicate."""
+    first = tl.load(first_ptr + rows, mask=rows < T, other=0)
+    last = tl.load(last_ptr + rows, mask=rows < T, other=0)
+    place = (j * WIDTH + tl.arange(0, WIDTH))[None, :] - first[:, None]
+    count = tl.maximum(last - first, 0)
+    return tl.where(place.to(tl.uint32) < count.to(tl.uint32)[:, None], x, hidden)  # one comparison for both ends
+
+
+@triton.jit
+def add_bias(x, j, ce, slope_ptr, e, slope, origin, WIDTH: tl.constexpr):
+    """Products -> z with the bias of ALiBi, for a head that has a slope; the others go past this. See ``hide``."""
+    if slope != 0.0:
+        distance = (j * WIDTH + tl.arange(0, WIDTH) - origin).to(tl.float32)
+        x = x * ce[:, None] + (e * tl.load(slope_ptr) * distance)[None, :]
+    return x
+
+
+@triton.jit
+def excess(
+    q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE: tl.constexpr,
+    SLOPES: tl.constexpr,
+):  # fmt: skip
+    """``y`` of a query tile and key tile j: far below any support where the query may not see the key."""
+    x = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SLOPES:
+        x = add_bias(x, j, ce, slope_ptr, e, slope, origin, TILE)
+    y = x * kz[:, None] - threshold[:, None]
+    if partial:
+        y = hide(y, -2.0, j, first_ptr, last_ptr, rows, T, TILE)
+    return y
+
+
+@triton.jit
+def list_tiles(words_ptr, n_words, list_ptr, CHUNK: tl.constexpr):
+    """Write down the key tiles whose bit is set, in order; returns how many."""
+    count = 0
+    for start in range(0, n_words * 32, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        word = tl.load(words_ptr + j // 32, mask=j < n_words * 32, other=0)
+        bit = (word >> (j % 32)) & 1
+        tl.store(list_ptr + count + tl.cumsum(bit, 0) - 1, j, mask=bit != 0)
+        count += tl.sum(bit, 0)
+    return count
+
+
+class Config(NamedTuple):
+    """How a kernel is laid out on the chip: warps, stages of the pipeline, constants of its own."""
+
+    num_warps: int
+    num_stages: int
+    constants: dict[str, int] = {}
+    maxnreg: int | None = None  # registers of a thread, where the compiler's choice lets too few programs run at once
+
+
+_fitting: dict[tuple[Any, ...], int] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int], configs: Sequence[Config], constants: dict[str, Any], *arguments: Any
+) -> None:
+    """Launch with the first of ``configs`` that fits this device's shared memory. ``grid``: (tiles, heads); a program
+    takes ROWS tiles where the configuration says so."""
+    dtype, device = arguments[0].dtype, arguments[0].device
+    key = (kernel.__name__, device, dtype, *constants.values())
+    for i in range(_fitting.get(key, 0), len(configs)):
+        config = configs[i]
+        try:
+            kernel[triton.cdiv(grid[0], config.constants.get("ROWS", 1)), grid[1]](
+                *arguments,
+                **constants,
+                **config.constants,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                maxnreg=config.maxnreg,
+            )
+        except OutOfResources as error:
+            if i + 1 < len(configs):
+                continue
+            raise RuntimeError(
+                f"head dim must be at most what this device's shared memory holds, got {constants} in {dtype} "
+                f"({error}); use 16-bit inputs or a smaller head dim"
+            ) from error
+        _fitting[key] = i
+        return
+
+
+@dataclass
+class Problem:
+    """The arguments of one attention, brought to the form that the kernels take.
+
+    ``first``, ``last``: int32 (B or 1, T), contiguous. ``alpha``: a float32 tensor of shape () or (H,), or None where
+    ``alpha_value`` has it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first: Tensor
+    last: Tensor
+    query_scale: Tensor | None
+    slopes: Tensor | None
+    alpha: Tensor | None
+    alpha_value: float
+    scaling: float
+
+    def __post_init__(self) -> None:
+        for name in ("query", "key", "value"):
+            x = getattr(self, name)
+            if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+                raise TypeError(f"{name} must be float16, bfloat16 or float32 for the kernels, got {x.dtype}; cast it")
+            if x.shape[-1] > LARGEST_HEAD_DIM:
+                raise ValueError(
+                    f"head dim of {name} must be at most {LARGEST_HEAD_DIM} on a GPU, got {x.shape[-1]}; "
+                    "split the heads, or call on CPU tensors"
+                )
+            if x.stride(-1) != 1:
+                setattr(self, name, x.contiguous())
+        self.first, self.last = self.first.contiguous(), self.last.contiguous()
+        for name in ("query_scale", "slopes", "alpha"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.float().contiguous())
+
+        self.group = self.query.shape[1] // self.key.shape[1]
+        self.interval_stride = self.first.shape[1] if self.first.shape[0] > 1 else 0
+        self.alpha_stride = 0 if self.alpha is None or self.alpha.dim() == 0 else 1
+        self.widest = max(self.query.shape[-1], self.value.shape[-1])
+        self.tile = _tile(self.query.dtype)
+        self.n_key_tiles = triton.cdiv(self.key.shape[2], self.tile)
+        *_, self.n_row_tiles, self.n_words = tiles_shape(self.query, self.key)
+        heads = self.query.shape[0] * self.query.shape[1]
+        if heads > _MOST_HEADS:
+            raise ValueError(f"batch times heads must be at most {_MOST_HEADS} on a GPU, got {heads}; split the batch")
+        self.heads_at_once = max(1, min(heads, _LISTS_AT_ONCE // max(1, self.n_row_tiles * self.n_key_tiles)))
+
+    @property
+    def tolerance(self) -> float:
+        """How far from 1 a row's mass may be before the step to its threshold; the last pass checks what that left."""
+        return 1e-3 if self.query.dtype == torch.float32 else 1.0
+
+    def constants(self, value: bool = False) -> dict[str, Any]:
+        """The constants of a kernel, those of the values too if asked for."""
+        dim, dim_v = self.query.shape[-1], self.value.shape[-1]
+        constants = {
+            "ALPHA": {1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
+            "TILE": self.tile,
+            "DIM": dim,
+            "BLOCK_DIM": _padded(dim),
+            "EXACT": self.query.dtype == torch.float32 or not _HAS_FAST_LOG,
+        }
+        return constants | {"DIM_V": dim_v, "BLOCK_DIM_V": _padded(dim_v)} if value else constants
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _tile(dtype: torch.dtype) -> int:
+    """Tokens of a tile. Products of float32 run outside the matrix units, unrolled: a larger tile compiles too long."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def tiles_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    """Shape of the int32 bits that say which pairs of tiles have support: (B, H, query tiles, words of key tiles)."""
+    tile = _tile(query.dtype)
+    batch, heads, length = query.shape[:3]
+    return batch, heads, triton.cdiv(length, tile), triton.cdiv(triton.cdiv(key.shape[2], tile), 32)

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint wheel-smoke clean
+.PHONY: help env test test-gpu demo lint wheel-smoke clean
 
 help: ## show this list
 	@echo "hf_asentmax: ASEntmax attention for Transformers. Each command sets up $(VENV) first if it is not there."
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint ## check style and types, then run the tests that need neither a GPU nor patience
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
+
+test-gpu: env ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu --durations=10
 
 demo: env ## train two small twins (softmax, ASEntmax), compare them far beyond their training length: runs/demo
 	$(BIN)/python scripts/demo.py --output_dir runs/demo

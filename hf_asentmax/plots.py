@@ -40,7 +40,7 @@ def plot_ladder(
     Returns:
         The path.
     """
-    figure = _figure(7.0, 4.5)
+    figure = new_figure(7.0, 4.5)
     axes = figure.add_subplot()
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -73,7 +73,7 @@ def plot_ladder(
     axes.set(xlabel="length (tokens)", ylabel="exact match (%)", ylim=(-2, 102), title=title or "")
     axes.grid(alpha=0.3)
     axes.legend(title="bars: 95 % intervals")
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
@@ -89,7 +89,7 @@ def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
-    figure = _figure(2.0 + len(methods) * max(3.0, 0.85 * len(lengths)), 2.0 + max(1.5, 0.45 * len(depths)))
+    figure = new_figure(2.0 + len(methods) * max(3.0, 0.85 * len(lengths)), 2.0 + max(1.5, 0.45 * len(depths)))
     panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
     for axes, method in zip(panels, methods, strict=True):
         shares = {(row["depth"], row["length"]): row["accuracy"] for row in rows if row["method"] == method}
@@ -105,7 +105,7 @@ def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *
     figure.colorbar(image, ax=list(panels), label="found (%)")
     if title:
         figure.suptitle(title)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def plot_training(
@@ -121,7 +121,7 @@ def plot_training(
     Returns:
         The path.
     """
-    figure = _figure(11, 4.2)
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for colour, (method, results) in zip(COLOURS, runs.items(), strict=False):
         log = [entry for entry in results["log"] if "loss" in entry]
@@ -139,10 +139,10 @@ def plot_training(
         axes.legend()
     if title:
         figure.suptitle(title)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches; no window and no pyplot, so no display is needed."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -151,7 +151,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _write(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

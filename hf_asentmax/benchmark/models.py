@@ -1,0 +1,177 @@
+"""Training speed of a whole model: a Llama of 120 million parameters, softmax with SDPA against ASEntmax.
+
+Fresh weights attend almost evenly, so that hardly a block is without support; trained models aren't like that. The
+setting ``topics`` comes nearer to them: each aligned run of 64 tokens is drawn from one cluster of the vocabulary, the
+embeddings of a cluster share a direction, and queries are projected as keys are, so that a token looks for its own
+cluster. What block sparsity that gives is measured and reported, for both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from ..configuration_asentmax import ASEntmaxLlamaConfig
+from ..modeling_asentmax import ASEntmaxLlamaForCausalLM
+from ..ops.operators import OP_NAMESPACE
+from .inputs import BLOCK, Case, Support, measure_support, topic_share
+from .timing import MIB, summary
+
+ATTENTIONS = {"softmax_sdpa": None, "asentmax_nape": "nape", "asentmax_rope": "rope"}
+SETTINGS = ("fresh", "topics")
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2432,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}  # 120 million parameters
+WARMUP_STEPS, TIMED_STEPS = 3, 8
+LEARNING_RATE = 1e-5  # small: the weights, and so the sparsity, stay what they are
+SHARED = 3.0  # size of a cluster's direction beside the rest of an embedding; some tens of keys then share the weight
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One whole-model measurement.
+
+    Attributes:
+        attention: a key of ATTENTIONS.
+        context: tokens of a sequence.
+        setting: "fresh" (random tokens) or "topics".
+        block_sparsity: with "topics", what heads without positions are to have.
+        step_tokens: tokens of a training step, in ``step_tokens // context`` sequences.
+    """
+
+    attention: str
+    context: int
+    setting: str = "fresh"
+    block_sparsity: float = 0.9
+    step_tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("attention", tuple(ATTENTIONS)), ("setting", SETTINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 1 <= self.context <= self.step_tokens:
+            raise ValueError(f"context must be between 1 and step_tokens = {self.step_tokens}, got {self.context!r}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}_{self.context}"
+
+
+def benchmark_model(
+    case: ModelCase, *, seed: int, device: torch.device, sizes: dict[str, Any] = SIZES
+) -> dict[str, Any]:
+    """Train for some steps (bfloat16 weights, AdamW, no gradient checkpointing, no compilation) and time them.
+
+    Args:
+        case: what to train, and on what.
+        seed: of the weights and tokens.
+        device: where.
+        sizes: arguments of the Llama configuration.
+
+    Returns:
+        A row: tokens_per_s (median, 10 and 90 %), parameters, peak_mib, and support (means over the layers; None for
+        softmax), measured before the first step.
+    """
+    model, input_ids = build_model(case, seed=seed, device=device, sizes=sizes)
+    row: dict[str, Any] = {
+        "case": case.name,
+        "implementation": case.attention,
+        "settings": asdict(case),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "support": None if ATTENTIONS[case.attention] is None else asdict(model_support(model, input_ids[:1])),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        model(input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    row["tokens_per_s"] = summary([input_ids.numel() / seconds for seconds in times[WARMUP_STEPS:]])
+    row["first_step_s"] = times[0]
+    row["peak_mib"] = torch.cuda.max_memory_allocated() / MIB if device.type == "cuda" else None
+    return row
+
+
+@torch.no_grad()
+def build_model(
+    case: ModelCase, *, seed: int, device: torch.device, sizes: dict[str, Any] = SIZES
+) -> tuple[PreTrainedModel, Tensor]:
+    """The model in bfloat16 and one step's tokens (sequences, context)."""
+    torch.manual_seed(seed)
+    positions = ATTENTIONS[case.attention]
+    model: Any
+    if positions is None:
+        config = LlamaConfig(**sizes, max_position_embeddings=case.context)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    else:
+        own = ASEntmaxLlamaConfig(**sizes, max_position_embeddings=case.context, positions=positions)
+        model = ASEntmaxLlamaForCausalLM(own)
+    model.to(device, torch.bfloat16)
+    vocabulary, sequences = sizes["vocab_size"], case.step_tokens // case.context
+    input_ids = torch.randint(vocabulary, (sequences, case.context))
+    if case.setting == "topics":
+        share = topic_share(Case("model", 1, 1, 1, case.context, 64, case.block_sparsity))
+        clusters = int(1 / share + 1e-9)
+        blocks = math.ceil(case.context / BLOCK)
+        cluster = torch.randint(clusters, (sequences, blocks)).repeat_interleave(BLOCK, 1)[:, : case.context]
+        # Token t belongs to cluster t % clusters.
+        input_ids = torch.randint(vocabulary // clusters, input_ids.shape) * clusters + cluster
+        embeddings = model.get_input_embeddings().weight
+        direction = torch.randn(clusters, sizes["hidden_size"]).to(embeddings) * embeddings.std() * SHARED
+        embeddings += direction[torch.arange(vocabulary, device=device) % clusters]
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.copy_(layer.self_attn.k_proj.weight)
+    return model, input_ids.to(device)
+
+
+@torch.no_grad()
+def model_support(model: PreTrainedModel, input_ids: Tensor) -> Support:
+    """What the attention of a model leaves, as means over its layers.
+
+    Raises:
+        RuntimeError: no ASEntmax attention was run.
+    """
+    with _SupportOfCalls() as calls:
+        model.base_model(input_ids, use_cache=False)
+    if not calls.found:
+        raise RuntimeError(f"{type(model).__name__} must run ASEntmax attention, got none; give an ASEntmax model")
+    names = ("block_sparsity", "zero_share", "mean_support")
+    means = {name: fmean(getattr(one, name) for one in calls.found) for name in names}
+    return replace(calls.found[0], **means)
+
+
+class _SupportOfCalls(TorchDispatchMode):
+    """While it is entered, measures each call of the attention operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Support] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == f"{OP_NAMESPACE}::entmax_attention":
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            names = ("scaling", "query_scale", "alibi_slopes")
+            options = {name: given[name] for name in names}
+            found = measure_support(given["query"], given["key"], **options, max_scores=1 << 32)
+            self.found.append(found)
+        return func(*args, **(kwargs or {}))

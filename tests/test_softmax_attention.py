@@ -127,6 +127,8 @@ def test_softmax_attention_equals_the_dense_reference(case: str) -> None:
 @pytest.mark.usefixtures("compiled")
 def test_softmax_attention_of_16_bits(dtype: torch.dtype) -> None:
     leaves, slopes, masks = build(CASES["left_padding"], dtype)
+    assert slopes is not None
+    slopes = slopes.to(dtype)
     first, last = key_intervals(270, 270, **masks)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # no say in an attention given its tensors
         out = softmax_attention(**leaves, first=first, last=last, scaling=0.25, alibi_slopes=slopes)

@@ -127,12 +127,13 @@ def _flex_attention(
     factor = None
     if query_scale is not None:
         query, factor = _split_scale(query, query_scale.to(torch.float32))
+    slopes = None if alibi_slopes is None else alibi_slopes.to(torch.float32)
 
     def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if factor is not None:
             score = score * factor[b, h, i]
-        if alibi_slopes is not None:  # measured from the row's last key: a constant per row changes nothing
-            score = score + alibi_slopes[h] * (j - (last[b, i] - 1))
+        if slopes is not None:  # measured from the row's last key: a constant per row changes nothing
+            score = score + slopes[h] * (j - (last[b, i] - 1))
         return score
 
     out: Tensor = flex_attention(

@@ -23,9 +23,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from triton.runtime.errors import OutOfResources
 
 from hf_asentmax import entmax_attention, patch_model
-from hf_asentmax.ops import operators, triton_backward, triton_common, triton_forward
+from hf_asentmax.ops import operators, triton_backward, triton_candidates, triton_forward, triton_launch
 from hf_asentmax.ops.attention import attention_from_intervals
-from hf_asentmax.ops.triton_common import Config, launch
+from hf_asentmax.ops.triton_launch import Config, launch
 
 OPS = torch.ops.hf_asentmax
 USES_KERNELS = operators.uses_kernels
@@ -413,12 +413,12 @@ def test_kernels_in_several_launches_give_the_same_bits(
         launched.append(kernel.__name__)
         launch(kernel, *arguments)
 
-    for module in (triton_forward, triton_backward):
+    for module in (triton_candidates, triton_forward, triton_backward):
         monkeypatch.setattr(module, "launch", spy)
     expected = run(entmax_attention, leaves, options)
     once = len(launched)
     launched.clear()
-    monkeypatch.setattr(triton_common, "_LISTS_AT_ONCE", lists)  # a head has two pairs of tiles
+    monkeypatch.setattr(triton_launch, "_LISTS_AT_ONCE", lists)  # a head has two pairs of tiles
     assert_same_bits(run(entmax_attention, leaves, options), expected)
     assert len(launched) >= once + 2
 
@@ -448,7 +448,7 @@ CONFIGS = (Config(8, 3, {"ROWS": 2}), Config(4, 2, {}), Config(4, 1, {}))
 def test_launch_goes_on_to_the_first_configuration_that_fits(
     most_stages: int, fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_common, "_fitting", {})
+    monkeypatch.setattr(triton_launch, "_fitting", {})
     kernel = StandIn(most_stages)
     for _ in range(2):
         launch(kernel, (5, 7), CONFIGS, {"DIM": 64}, torch.zeros(1))
@@ -459,6 +459,6 @@ def test_launch_goes_on_to_the_first_configuration_that_fits(
 
 
 def test_launch_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_common, "_fitting", {})
+    monkeypatch.setattr(triton_launch, "_fitting", {})
     with pytest.raises(RuntimeError, match=r"must be .*shared memory.*'DIM': 256.*float32.*232448.*; use"):
         launch(StandIn(0), (5, 7), CONFIGS, {"DIM": 256}, torch.zeros(1))

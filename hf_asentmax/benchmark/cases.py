@@ -107,7 +107,7 @@ def _time_in_turns(running: list[tuple[Implementation, Any, dict[str, Any]]], de
                         if turn == ROUNDS - 1 and device.type == "cuda" and row[name]["median"] < SHORT:
                             row[name]["wall"] = summary(wall_times(function))
                             row[name] |= _graph(function, device, name)
-            except Exception as error:
+            except Exception as error:  # as above
                 row["status"] = _failure(error)
 
 
@@ -116,7 +116,7 @@ def _graph(function: Any, device: torch.device, name: str) -> dict[str, Any]:
         return {}
     try:
         return {"graph": summary(graph_times(function, device))}
-    except Exception as error:
+    except Exception as error:  # a peer that a graph can't capture is timed without one
         torch.cuda.synchronize()
         return {"graph": None, "graph_failure": _failure(error)}
 

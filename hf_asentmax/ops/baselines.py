@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from .attention import check_tensors, checked_intervals
-from .operators import _define, call
+from .operators import call, define
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -286,6 +286,6 @@ def _topk_autograd(ctx, grad_out):  # type: ignore[no-untyped-def]
     return dq, dk, dv, None, None, dr if has_scale else None, None, None, None
 
 
-_define("topk_attention_backward", _topk_backward, _topk_backward_fake)
-_define("topk_attention", _topk, _out_fake, _topk_autograd, _topk_context)
-_define("adaptive_temperature_attention", _adaptive_temperature, _out_fake)
+define("topk_attention_backward", _topk_backward, _topk_backward_fake)
+define("topk_attention", _topk, _out_fake, _topk_autograd, _topk_context)
+define("adaptive_temperature_attention", _adaptive_temperature, _out_fake)

@@ -45,8 +45,8 @@ def _attention(
     have support. The last two are empty unless the kernels are used and ``differentiable``."""
     nothing = query.new_empty(0)
     if uses_kernels(query, alpha, alpha_value):
-        from .triton_common import Problem
         from .triton_forward import kernel_forward
+        from .triton_launch import Problem
 
         problem = Problem(query, key, value, first, last, query_scale, alibi_slopes, alpha, alpha_value, scaling)
         out, state, mean, tiles = kernel_forward(problem, differentiable)
@@ -76,7 +76,7 @@ def _attention_fake(
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     nothing, no_tiles = query.new_empty(0), first.new_empty(0)
     if uses_kernels(query, alpha, alpha_value):
-        from .triton_common import tiles_shape
+        from .triton_launch import tiles_shape
 
         state = query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
         if not differentiable:
@@ -104,7 +104,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if uses_kernels(query, alpha, alpha_value):
         from .triton_backward import kernel_backward
-        from .triton_common import Problem
+        from .triton_launch import Problem
 
         if mean.numel() == 0 and query.numel() > 0:
             raise RuntimeError(
@@ -228,7 +228,7 @@ def call(name: str):  # type: ignore[no-untyped-def]
     return getattr(getattr(torch.ops, OP_NAMESPACE), name)
 
 
-def _define(name: str, function, fake, autograd=None, context=None) -> None:  # type: ignore[no-untyped-def]
+def define(name: str, function, fake, autograd=None, context=None) -> None:  # type: ignore[no-untyped-def]
     """Register a custom operator once. A checkpoint's own copy of this code may be executed several times in one
     process; its namespace carries the code's hash, so an operator that is already there is the same operator."""
     if hasattr(getattr(torch.ops, OP_NAMESPACE), name):
@@ -239,7 +239,7 @@ def _define(name: str, function, fake, autograd=None, context=None) -> None:  # 
         op.register_autograd(autograd, setup_context=context)
 
 
-_define("entmax_attention_backward", _attention_backward, _attention_backward_fake)
-_define("entmax_attention", _attention, _attention_fake, _attention_autograd, _attention_context)
-_define("entmax_backward", _entmax_backward, _entmax_backward_fake)
-_define("entmax", _entmax, _entmax_fake, _entmax_autograd, _entmax_context)
+define("entmax_attention_backward", _attention_backward, _attention_backward_fake)
+define("entmax_attention", _attention, _attention_fake, _attention_autograd, _attention_context)
+define("entmax_backward", _entmax_backward, _entmax_backward_fake)
+define("entmax", _entmax, _entmax_fake, _entmax_autograd, _entmax_context)

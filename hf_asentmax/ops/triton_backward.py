@@ -23,11 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
-    Config,
-    Problem,
     excess,
     key_tile_ranges,
-    launch,
     list_tiles,
     load_exponent,
     load_intervals,
@@ -37,6 +34,7 @@ from .triton_common import (
     store_tile,
     weights,
 )
+from .triton_launch import SIZES, Config, Problem, launch
 
 # The first for narrow heads.
 _QUERIES = (Config(4, 3, {}, 168), Config(4, 2), Config(4, 1))
@@ -51,7 +49,7 @@ def _alpha_slopes(y, p, g, e, EXACT: tl.constexpr):
     return tl.where(a < 0.5, p * a * a * series, g - p * (1.0 + a)) * (-1.0 / (e * e))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, mean_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr,
     tiles_ptr, dq_ptr, dr_ptr, dalpha_ptr, delta_ptr, edges_ptr, list_ptr,
@@ -126,7 +124,7 @@ def _queries_kernel(
     store_tile(dq_ptr + b * sdb + h * sdh, acc * c[:, None], tile_row * TILE, sdt, T, DIM, BLOCK_DIM, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr,
     dk_ptr, dv_ptr, delta_ptr, edges_ptr, list_ptr,

@@ -168,7 +168,7 @@ PLAIN: dict[str, tuple[torch.dtype, dict[str, int], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_softmax_on_a_gpu_plain_is_sdpa(case: str, route: list[str]) -> None:
     dtype, sizes, masks = PLAIN[case]
-    leaves = tensors(dtype, **sizes)  # type: ignore[arg-type]
+    leaves = tensors(dtype, **sizes)
     ours = run(entmax_attention, leaves, alpha=1.0, scaling=0.2, **masks)
     assert route == ["sdpa"]
     assert_near(ours, run(dense_attention, exact(leaves), alpha=1.0, scaling=0.2, **masks), dtype)

@@ -197,9 +197,12 @@ def assert_equals_dense(ours: dict[str, Tensor], leaves: dict[str, Tensor], opti
     """`ours` (of `run`, with its own gradient of the output) against the dense reference.
 
     A gradient may vanish although its terms do not: at identical keys, or where one key takes everything. So it is
-    measured against at least a tenth of what its terms come to without their signs.
+    measured against at least a tenth of what its terms come to without their signs; in bfloat16 a fifth, since the
+    roundings of the slopes, of their mean of the values and of the terms, done in float64 to identical keys, alone cost
+    up to 1.4 times the tenth's limit.
     """
     dtype = leaves["query"].dtype
+    share = 0.2 if dtype == torch.bfloat16 else 0.1
     doubles, options = exact(leaves, options)
     weight = torch.randn(ours["out"].shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
     expected = run(dense_attention, doubles, options, weight)
@@ -209,7 +212,7 @@ def assert_equals_dense(ours: dict[str, Tensor], leaves: dict[str, Tensor], opti
         assert ours[name].shape == x.shape
         assert ours[name].dtype == leaves["query" if name == "out" else name].dtype
         error = (ours[name].cpu().double() - x).norm()
-        limit = allowed(name, dtype, largest_score) * max(x.norm(), 0.1 * sizes[name]) + 1e-12
+        limit = allowed(name, dtype, largest_score) * max(x.norm(), share * sizes[name]) + 1e-12
         assert error <= limit, f"{name}: {error:.2e} is more than {limit:.2e}, of {x.norm():.2e}"
 
 

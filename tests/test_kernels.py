@@ -157,6 +157,17 @@ def test_kernels_keep_mass_1_over_many_near_equal_keys(alpha: float) -> None:
     assert (out - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("case", [{}, {"scale": 1, "slopes": (0.1,), "alpha": (1.3,)}, {"alpha": 2.0}])
+def test_kernels_give_nan_for_a_nan_query_alone(case: dict[str, Any]) -> None:
+    leaves, options = build({**case, "T": 100, "N": 100}, torch.float32)
+    expected = entmax_attention(**leaves, **options).detach()
+    leaves["query"].detach()[0, 1, 70, 3] = torch.nan
+    out = entmax_attention(**leaves, **options).detach()
+    assert out[0, 1, 70].isnan().all()
+    out[0, 1, 70] = expected[0, 1, 70]
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("name", ["alibi_that_hides_tiles", "window_40", "packed", "length_111"])
 def test_kernels_mark_every_tile_with_support(name: str) -> None:
     leaves, options = build(CASES[name], torch.float32)

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .triton_common import (
     excess,
-    key_tile_ranges,
+    has_other_launch,
     list_tiles,
+    load_bias,
     load_exponent,
-    load_intervals,
     load_row_scale,
     load_tile,
     log1p,
@@ -52,47 +52,35 @@ def _alpha_slopes(y, p, g, e, EXACT: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, mean_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr,
-    tiles_ptr, dq_ptr, dr_ptr, dalpha_ptr, delta_ptr, edges_ptr, list_ptr,
+    tiles_ptr, dq_ptr, dr_ptr, dalpha_ptr, delta_ptr, list_ptr,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdb, sdh, sdt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    SLOPES: tl.constexpr = slopes_ptr is not None
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
     bh = first_head + tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
+    if has_other_launch(slopes_ptr, h, BIASED):
+        return
     rows = tile_row * TILE + tl.arange(0, TILE)
-    first, last, visible = load_intervals(first_ptr, last_ptr, b * interval_stride, rows, T)
-    begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
-    edges = edges_ptr + (bh * n_row_tiles + tile_row) * 2
-    tl.store(edges, inner_begin)
-    tl.store(edges + 1, inner_end)
-
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * n_key_tiles
-    words = tiles_ptr + (bh * n_row_tiles + tile_row) * n_words
-    count = list_tiles(words, n_words, tile_list, 128)
-    tl.debug_barrier()
-
-    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-    c = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE)
-    ce = c * e
-    threshold = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=1.0)
-    norm = tl.load(state_ptr + (bh * T + rows) * 2 + 1, mask=rows < T, other=0.0)
-    kz = ce * norm
-    slope = 0.0
-    origin = 0
-    slope_ptr = slopes_ptr
-    if SLOPES:
-        slope_ptr = slopes_ptr + h
-        slope = e * tl.load(slope_ptr)
-        if slope != 0.0:
-            kz = norm
-        origin = tl.load(last_ptr + b * interval_stride + tile_row * TILE) - 1
     q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
     grad = load_tile(grad_ptr + b * sgb + h * sgh, tile_row * TILE, sgt, T, DIM_V, BLOCK_DIM_V, TILE)
     mean = load_tile(mean_ptr + bh * T * DIM_V, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
+    threshold = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=1.0)
+    norm = tl.load(state_ptr + (bh * T + rows) * 2 + 1, mask=rows < T, other=0.0)
+    first_ptr += b * interval_stride
+    last_ptr += b * interval_stride
+    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+    c = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE)
+    ce = c * e
+    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+    inner_begin = tl.load(words + n_words)
+    inner_end = tl.load(words + n_words + 1)
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * n_key_tiles
+    count = list_tiles(words, n_words, tile_list, 128)
     delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
     tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
     k_base = k_ptr + b * skb + h // GROUP * skh
@@ -100,18 +88,13 @@ def _queries_kernel(
 
     acc = tl.zeros((TILE, BLOCK_DIM), tl.float32)
     dalpha = tl.zeros((TILE,), tl.float32)
-    first_ptr += b * interval_stride
-    last_ptr += b * interval_stride
     for i in range(0, count):
         j = tl.load(tile_list + i)
         k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
         v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
         partial = (j < inner_begin) | (j >= inner_end)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
-        y = excess(
-            q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE,
-            SLOPES,
-        )  # fmt: skip
+        y = excess(q, k, j, ce, norm, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED)
         p, g = weights(y, e, ALPHA, EXACT)
         if dalpha_ptr is not None:
             dalpha += tl.sum(_alpha_slopes(y, p, g, e, EXACT) * dp, 1)
@@ -127,7 +110,7 @@ def _queries_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr,
-    dk_ptr, dv_ptr, delta_ptr, edges_ptr, list_ptr,
+    dk_ptr, dv_ptr, delta_ptr, list_ptr,
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdkb, sdkh, sdkt, sdvb, sdvh, sdvt,
     interval_stride, alpha_stride,
     T, N, H, GROUP, n_row_tiles, n_words, scaling, alpha_value, first_head,
@@ -140,40 +123,45 @@ def _keys_kernel(
     bh_kv = first_head + tl.program_id(1).to(tl.int64)
     b, h_kv = bh_kv // heads_kv, bh_kv % heads_kv
     first_query_head = b * H + h_kv * GROUP
-
-    # The query tiles of the group's heads that have support here: place = head in group * n_row_tiles + query tile.
-    n_places = GROUP * n_row_tiles
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + j) * n_places
-    words = tiles_ptr + first_query_head * n_row_tiles * n_words + j // 32
-    edges_ptr += first_query_head * n_row_tiles * 2
-    n_full = 0
-    count = 0
-    for part in tl.static_range(2):  # first the tiles that need no mask, then the others
-        for start in range(0, n_places, 128):
-            place = start + tl.arange(0, 128)
-            word = tl.load(words + place * n_words, mask=place < n_places, other=0)
-            bit = (word >> (j % 32)) & 1
-            inner_begin = tl.load(edges_ptr + place * 2, mask=bit != 0, other=0)
-            inner_end = tl.load(edges_ptr + place * 2 + 1, mask=bit != 0, other=0)
-            partial = ((j < inner_begin) | (j >= inner_end)).to(tl.int32)
-            bit = tl.where(partial == part, bit, 0)
-            tl.store(tile_list + count + tl.cumsum(bit, 0) - 1, place, mask=bit != 0)
-            count += tl.sum(bit, 0)
-        if part == 0:
-            n_full = count
-    tl.debug_barrier()
-
     k = load_tile(k_ptr + b * skb + h_kv * skh, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
     v = load_tile(v_ptr + b * svb + h_kv * svh, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
+
+    # The query tiles of the group's heads that have support here, as head << 24 | query tile: from the front those that
+    # need neither mask nor bias, from the back the others.
+    n_places = GROUP * n_row_tiles
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + j) * n_places
+    words = tiles_ptr + first_query_head * n_row_tiles * (n_words + 2)
+    n_plain = 0
+    n_others = 0
+    for start in range(0, n_places, 128):
+        place = start + tl.arange(0, 128)
+        row_words = words + place * (n_words + 2)
+        inside = place < n_places
+        head = place // n_row_tiles
+        bit = (tl.load(row_words + j // 32, mask=inside, other=0) >> (j % 32)) & 1
+        plain = j >= tl.load(row_words + n_words, mask=inside, other=0)
+        plain = plain & (j < tl.load(row_words + n_words + 1, mask=inside, other=0))
+        if SLOPES:
+            slopes = tl.load(slopes_ptr + h_kv * GROUP + head, mask=inside, other=0.0)
+            plain = plain & (slopes == 0.0)
+        counts = tl.where(plain, bit, bit << 16)
+        ranks = tl.cumsum(counts, 0)
+        index = tl.where(plain, n_plain + (ranks & 65535) - 1, n_places - n_others - (ranks >> 16))
+        tl.store(tile_list + index, head << 24 | place - head * n_row_tiles, mask=bit != 0)
+        counts = tl.sum(counts, 0)
+        n_plain += counts & 65535
+        n_others += counts >> 16
+    tl.debug_barrier()
+
     dk = tl.zeros((TILE, BLOCK_DIM), tl.float32)
     dv = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
     first_ptr += b * interval_stride
     last_ptr += b * interval_stride
     for part in tl.static_range(2):
-        for i in range(n_full if part else 0, count if part else n_full):
-            place = tl.load(tile_list + i)
-            h = h_kv * GROUP + place // n_row_tiles
-            tile_row = place % n_row_tiles
+        for i in range(0, n_others if part else n_plain):
+            place = tl.load(tile_list + (n_places - 1 - i if part else i))
+            h = h_kv * GROUP + (place >> 24)
+            tile_row = place & 0xFFFFFF
             offset = (b * H + h) * T
             rows = tile_row * TILE + tl.arange(0, TILE)
             inside = rows < T
@@ -184,20 +172,10 @@ def _keys_kernel(
             delta = tl.load(delta_ptr + offset + rows, mask=inside, other=0.0)
             c = load_row_scale(scale_ptr, offset, rows, T, scaling, TILE)
             e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-            ce = c * e
-            kz = ce * norm
-            slope = 0.0
-            origin = 0
-            slope_ptr = slopes_ptr
-            if SLOPES:
-                slope_ptr = slopes_ptr + h
-                slope = e * tl.load(slope_ptr)
-                if slope != 0.0:
-                    kz = norm
-                origin = tl.load(last_ptr + tile_row * TILE) - 1
+            slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, SLOPES and part == 1)
             y = excess(
-                q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, part, first_ptr, last_ptr, rows, T, TILE,
-                SLOPES,
+                q, k, j, c * e, norm, threshold, slope, origin, part, first_ptr, last_ptr, rows, T, TILE,
+                SLOPES and part == 1,
             )  # fmt: skip
             p, g = weights(y, e, ALPHA, EXACT)
             dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv, input_precision="ieee")
@@ -230,22 +208,21 @@ def kernel_backward(
         return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    edges = torch.empty(B, H, x.n_row_tiles, 2, dtype=torch.int32, device=dq.device)
-
     strides = [s for t in (x.query, x.key, x.value, grad_out) for s in t.stride()[:3]]
     tile_list = torch.empty(x.heads_at_once * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
     for first_head in range(0, B * H, x.heads_at_once):
         heads = min(x.heads_at_once, B * H - first_head)
-        launch(
-            _queries_kernel,
-            (x.n_row_tiles, heads),
-            _QUERIES if x.widest <= 64 else _QUERIES[1:],
-            x.constants(value=True),
-            x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
-            dq, dr, dalpha, delta, edges, tile_list,
-            *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
-            T, N, H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
-        )  # fmt: skip
+        for biased in x.biased:
+            launch(
+                _queries_kernel,
+                (x.n_row_tiles, heads),
+                _QUERIES if x.widest <= 64 else _QUERIES[1:],
+                x.constants(value=True) | {"BIASED": biased},
+                x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state,
+                tiles, dq, dr, dalpha, delta, tile_list,
+                *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
+                T, N, H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
+            )  # fmt: skip
     at_once = max(1, x.heads_at_once // x.group)
     if at_once * x.group > x.heads_at_once:
         tile_list = torch.empty(x.group * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
@@ -257,7 +234,7 @@ def kernel_backward(
             _KEYS if x.widest <= 64 else _KEYS[1:],
             x.constants(value=True),
             x.query, x.key, x.value, grad_out, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
-            dk, dv, delta, edges, tile_list,
+            dk, dv, delta, tile_list,
             *strides, *dk.stride()[:3], *dv.stride()[:3], x.interval_stride, x.alpha_stride,
             T, N, H, x.group, x.n_row_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
         )  # fmt: skip

@@ -22,8 +22,10 @@ from .triton_common import (
     NOTHING,
     any_bit,
     either,
+    has_other_launch,
     hide,
     key_tile_ranges,
+    load_bias,
     load_exponent,
     load_intervals,
     load_row_scale,
@@ -33,10 +35,16 @@ from .triton_common import (
 )
 from .triton_launch import SIZES, Config, Problem, launch
 
-# Wide blocks of queries load each key tile least often.
+# Wide blocks of queries load each key tile least often. A class takes scores of one thread alone: across threads, each
+# would hold a copy of its maximum, and Triton 3.6 adds the copies up. The matrix units give a thread every eighth key;
+# float32 runs outside them, so there every key of a step is a class.
 _CANDIDATES = (
     Config(8, 2, {"ROWS": 2, "TILES": 2, "CLASSES": 32}, 128),
     Config(4, 1, {"ROWS": 1, "TILES": 1, "CLASSES": 16}),
+)
+_CANDIDATES_FLOAT32 = (
+    Config(8, 2, {"ROWS": 2, "TILES": 2, "CLASSES": 64}, 128),
+    Config(4, 1, {"ROWS": 1, "TILES": 1, "CLASSES": 32}),
 )
 _NORMS = (Config(4, 1),)
 
@@ -84,13 +92,12 @@ def _candidates_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    slope = 0.0
-    if slopes_ptr is not None:  # heads with a slope and heads without one have a launch each
-        slope = tl.load(slopes_ptr + h)
-        if (slope != 0.0) != BIASED:
-            return
+    if has_other_launch(slopes_ptr, h, BIASED):
+        return
     rows = block * BLOCK + tl.arange(0, BLOCK)
-    first, last, visible = load_intervals(first_ptr, last_ptr, b * interval_stride, rows, T)
+    first_ptr += b * interval_stride
+    last_ptr += b * interval_stride
+    first, last, visible = load_intervals(first_ptr, last_ptr, rows, T)
     begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, STEP)
 
     e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
@@ -100,17 +107,15 @@ def _candidates_kernel(
         q = (q.to(tl.float32) * tl.where(c < 0.0, -1.0, 1.0)[:, None]).to(q.dtype)
     ce = tl.abs(c) * e
     kz = tl.maximum(ce, 1.0e-20)  # a scale of 0 must not lift what is hidden
-    origin = 0
+    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, block, BLOCK, BIASED)
     reach = 0.0
     if BIASED:
         kz = tl.full((BLOCK,), 1.0, tl.float32)
-        slope = e * slope
-        origin = tl.load(last_ptr + b * interval_stride + block * BLOCK) - 1
         qf = q.to(tl.float32)
         reach = 1.001 * tl.max(tl.where(visible, ce * tl.sqrt(tl.sum(qf * qf, 1)), 0.0), 0)
     k_base = k_ptr + b * skb + h // GROUP * skh
     tile_rows = block * ROWS + tl.arange(0, ROWS)
-    words = tiles_ptr + (bh * n_row_tiles + tile_rows) * n_words
+    words = tiles_ptr + (bh * n_row_tiles + tile_rows) * (n_words + 2)
     norms = norms_ptr + (bh // H * (H // GROUP) + h // GROUP) * n_key_tiles if BIASED else None
 
     best = tl.full((BLOCK, TILES, CLASSES // TILES), HIDDEN, tl.float32)
@@ -144,21 +149,20 @@ def _candidates_kernel(
                 distance = (j * STEP + tl.arange(0, STEP) - origin).to(tl.float32)
                 x = x * ce[:, None] + (slope * distance)[None, :]
             if (j < inner_begin) | (j >= inner_end):
-                offset = b * interval_stride
-                x = hide(x, HIDDEN, j, first_ptr + offset, last_ptr + offset, rows, T, STEP)
+                x = hide(x, HIDDEN, j, first_ptr, last_ptr, rows, T, STEP)
             maxima = _class_maxima(x, BLOCK, TILES, CLASSES)
             best = tl.maximum(best, maxima)
             top = tl.max(maxima, 2) * kz[:, None]
             threshold = tl.maximum(threshold, tl.max(top, 1) - 1.0 + SHIFT)
             place = (j % STEPS) * TILES + tl.arange(0, TILES)
-            bits |= (top > threshold[:, None] - SHIFT).to(tl.int32) << place[None, :]
+            bits |= 1 - (top <= threshold[:, None] - SHIFT).to(tl.int32) << place[None, :]  # NaN is to be seen
         threshold = _raise_bound(best, kz, threshold, e, 1, ALPHA, EXACT)
         tl.atomic_or(words + word, any_bit(tl.reduce(bits, 1, either), ROWS, TILE), mask=tile_rows < n_row_tiles)
         stop = next_stop
 
     threshold = _raise_bound(best, kz, threshold, e, 4, ALPHA, EXACT)
     if BIASED:  # from this block's origin of the bias to each query tile's own
-        own = tl.load(last_ptr + b * interval_stride + rows // TILE * TILE, mask=rows < T, other=0) - 1
+        own = tl.load(last_ptr + rows // TILE * TILE, mask=rows < T, other=0) - 1
         threshold += slope * (origin - own).to(tl.float32)
     tl.store(state_ptr + (bh * T + rows) * 2, tl.where(visible, threshold, NOTHING), mask=rows < T)
 
@@ -170,11 +174,11 @@ def mark_candidates(problem: Problem, state: Tensor, tiles: Tensor) -> None:
     B, H, T = x.query.shape[:3]
     norms = _key_norms(x) if x.slopes is not None else None
     query = -x.query if x.query_scale is None and x.scaling < 0 else x.query  # the largest product: the largest score
-    for biased in (False,) if x.slopes is None else (False, True):
+    for biased in x.biased:
         launch(
             _candidates_kernel,
             (x.n_row_tiles, B * H),
-            _CANDIDATES,
+            _CANDIDATES_FLOAT32 if x.query.dtype == torch.float32 else _CANDIDATES,
             x.constants() | {"BIASED": biased},
             query, x.key, x.first, x.last, x.query_scale, x.slopes, norms, x.alpha, state, tiles,
             *query.stride()[:3], *x.key.stride()[:3], x.interval_stride, x.alpha_stride,

@@ -1,8 +1,9 @@
 """What the attention kernels share: tiles, lists of tiles, and the entmax weights of a tile.
 
 Queries and keys are cut into tiles of ``tile`` tokens. Of a query tile and a key tile that share no support nothing is
-computed after the first pass. One bit says whether they do: ``tiles`` is int32 (B, H, query tiles, words), and key
-tile j is bit ``j % 32`` of word ``j // 32``.
+computed after the first pass. One bit says whether they do: ``tiles`` is int32 (B, H, query tiles, words + 2), and key
+tile j is bit ``j % 32`` of word ``j // 32``. The last two say which key tiles, from one to before the other, all of the
+queries see in full: they need no mask.
 
 With ``z = (alpha-1) s`` the kernels hold, for every query, a threshold such that ``y = z - threshold`` gives
 
@@ -56,11 +57,11 @@ def store_tile(ptr, x, start, stride, end, DIM: tl.constexpr, BLOCK_DIM: tl.cons
 
 
 @triton.jit
-def load_intervals(first_ptr, last_ptr, offset, rows, T):
+def load_intervals(first_ptr, last_ptr, rows, T):
     """``first``, ``last`` and whether there is a key between them, for each of ``rows``."""
     inside = rows < T
-    first = tl.load(first_ptr + offset + rows, mask=inside, other=0)
-    last = tl.load(last_ptr + offset + rows, mask=inside, other=0)
+    first = tl.load(first_ptr + rows, mask=inside, other=0)
+    last = tl.load(last_ptr + rows, mask=inside, other=0)
     return first, last, first < last
 
 
@@ -115,16 +116,16 @@ def log1p(y, EXACT: tl.constexpr):
 
 @triton.jit
 def weights(y, e, ALPHA: tl.constexpr, EXACT: tl.constexpr):
-    """p and g of the scores' excess over the threshold."""
+    """p and g of the scores' excess over the threshold; NaN of NaN."""
     if ALPHA == 1:
-        w = tl.maximum(y, 0.0)
+        w = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return w * w, w
     elif ALPHA == 2:
-        return tl.maximum(y, 0.0), tl.where(y > 0.0, 1.0, 0.0)
+        return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(y > 0.0, 1.0, 0.0)
     else:
-        inside = y > -1.0
-        y = tl.where(inside, y, 0.0)
-        g = tl.where(inside, tl.exp(log1p(y, EXACT) * (1.0 / e - 1.0)), 0.0)
+        outside = y <= -1.0
+        y = tl.where(outside, 0.0, y)
+        g = tl.where(outside, 0.0, tl.exp(log1p(y, EXACT) * (1.0 / e - 1.0)))
         return g * (1.0 + y), g
 
 
@@ -154,24 +155,35 @@ def hide(x, hidden, j, first_ptr, last_ptr, rows, T, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_bias(x, j, ce, slope_ptr, e, slope, origin, WIDTH: tl.constexpr):
-    """Products -> z with the bias of ALiBi, for a head that has a slope; the others go past this. See ``hide``."""
-    if slope != 0.0:
-        distance = (j * WIDTH + tl.arange(0, WIDTH) - origin).to(tl.float32)
-        x = x * ce[:, None] + (e * tl.load(slope_ptr) * distance)[None, :]
-    return x
+def has_other_launch(slopes_ptr, h, BIASED: tl.constexpr):
+    """Heads with a slope (BIASED) and heads without one are served by a launch each."""
+    if slopes_ptr is None:
+        return False
+    else:
+        return (tl.load(slopes_ptr + h) != 0.0) != BIASED
+
+
+@triton.jit
+def load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE: tl.constexpr, BIASED: tl.constexpr):
+    """ALiBi of a head, in units of z: the slope, and the position from which a query tile counts distances."""
+    if BIASED:
+        return e * tl.load(slopes_ptr + h), tl.load(last_ptr + tile_row * TILE) - 1
+    else:
+        return 0.0, 0
 
 
 @triton.jit
 def excess(
-    q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE: tl.constexpr,
-    SLOPES: tl.constexpr,
+    q, k, j, ce, norm, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
     """``y`` of a query tile and key tile j: far below any support where the query may not see the key."""
     x = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SLOPES:
-        x = add_bias(x, j, ce, slope_ptr, e, slope, origin, TILE)
-    y = x * kz[:, None] - threshold[:, None]
+    if BIASED:
+        distance = (j * TILE + tl.arange(0, TILE) - origin).to(tl.float32)
+        y = (x * ce[:, None] + (slope * distance)[None, :]) * norm[:, None] - threshold[:, None]
+    else:
+        y = x * (ce * norm)[:, None] - threshold[:, None]
     if partial:
         y = hide(y, -2.0, j, first_ptr, last_ptr, rows, T, TILE)
     return y
@@ -187,4 +199,5 @@ def list_tiles(words_ptr, n_words, list_ptr, CHUNK: tl.constexpr):
         bit = (word >> (j % 32)) & 1
         tl.store(list_ptr + count + tl.cumsum(bit, 0) - 1, j, mask=bit != 0)
         count += tl.sum(bit, 0)
+    tl.debug_barrier()
     return count

@@ -1,8 +1,9 @@
 """Entmax attention, forward: one dense pass for the candidates (``triton_candidates.py``), then only candidates.
 
-``_attend_kernel`` visits the marked tiles: one pass at the bound gives mass, slope and size, and unmarks tiles that lie
-below it; one step from there is the threshold (further passes while a row's mass is far from 1). The last pass gives
-the output and ``mean_i = sum_j g_ij v_j / sum_j g_ij``, which the backward needs, and mends what the step left.
+``_solve_kernel`` visits the marked tiles: one pass at the bound gives mass, slope and size, and unmarks tiles that lie
+below it; one step from there is the threshold (further passes while a row's mass is far from 1). ``_output_kernel``
+gives the output and ``mean_i = sum_j g_ij v_j / sum_j g_ij``, which the backward needs, and mends what the step left.
+They are two, because the first needs few registers: the more of its programs run at once.
 
 The law and what is held of it: ``triton_common.py``. Memory beside the output: a second tensor of its size, 8 bytes a
 query, one bit a pair of tiles, and lists of tiles of at most 64 MiB. No atomics on floating point numbers: the same
@@ -23,8 +24,10 @@ from .triton_common import (
     NOTHING,
     either,
     excess,
+    has_other_launch,
     key_tile_ranges,
     list_tiles,
+    load_bias,
     load_exponent,
     load_intervals,
     load_row_scale,
@@ -35,58 +38,44 @@ from .triton_common import (
 )
 from .triton_launch import SIZES, Config, Problem, launch
 
-_ATTEND = (Config(4, 3, {}, 168), Config(4, 3), Config(4, 2), Config(4, 1))  # the first for narrow heads
+_SOLVE = (Config(4, 3), Config(4, 2), Config(4, 1))
+_OUTPUT = (Config(4, 3, {}, 168), Config(4, 3), Config(4, 2), Config(4, 1))  # the first for narrow heads
 MENDABLE = tl.constexpr(9e-4)  # how far a threshold may be off, in units of z, to be mended by a step of first order
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, mean_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr,
-    list_ptr,
-    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, interval_stride, alpha_stride,
+def _solve_kernel(
+    q_ptr, k_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr, list_ptr,
+    sqb, sqh, sqt, skb, skh, skt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, tolerance, first_head,
-    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr,
+    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EXACT: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
-    SLOPES: tl.constexpr = slopes_ptr is not None
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
     bh = first_head + tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
+    if has_other_launch(slopes_ptr, h, BIASED):
+        return
     rows = tile_row * TILE + tl.arange(0, TILE)
-    first, last, visible = load_intervals(first_ptr, last_ptr, b * interval_stride, rows, T)
-    begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
-
-    words = tiles_ptr + (bh * n_row_tiles + tile_row) * n_words
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * n_key_tiles
-    count = list_tiles(words, n_words, tile_list, 128)
-    tl.debug_barrier()
-    for start in range(0, n_words, 32):  # marked anew below
-        place = start + tl.arange(0, 32)
-        tl.store(words + place, tl.zeros((32,), tl.int32), mask=place < n_words)
-    tl.debug_barrier()
-
-    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-    ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
     q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
-    kz = ce
-    slope = 0.0
-    origin = 0
-    slope_ptr = slopes_ptr
-    if SLOPES:
-        slope_ptr = slopes_ptr + h
-        slope = e * tl.load(slope_ptr)
-        if slope != 0.0:
-            kz = tl.full((TILE,), 1.0, tl.float32)
-        origin = tl.load(last_ptr + b * interval_stride + tile_row * TILE) - 1
-    k_base = k_ptr + b * skb + h // GROUP * skh
-    v_base = v_ptr + b * svb + h // GROUP * svh
     bound = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=NOTHING)
-    threshold = bound
-
     first_ptr += b * interval_stride
     last_ptr += b * interval_stride
+    first, last, visible = load_intervals(first_ptr, last_ptr, rows, T)
+    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+    ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
+    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * (n_key_tiles + 1)
+    count = list_tiles(words, n_words, tile_list + 1, 128)
+    begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
+    tl.store(words + n_words, inner_begin)
+    tl.store(words + n_words + 1, inner_end)
 
+    k_base = k_ptr + b * skb + h // GROUP * skh
+    ones = tl.full((TILE,), 1.0, tl.float32)
+    threshold = bound
     passes = 0
     residual = tolerance + 1.0
     while (residual > tolerance) & (passes < 32):
@@ -97,27 +86,27 @@ def _attend_kernel(
         for base in range(0, count, 32):
             bits = tl.zeros((TILE,), tl.int32)
             for i in range(base, tl.minimum(base + 32, count)):
-                j = tl.load(tile_list + i)
+                j = tl.load(tile_list + 1 + i)
                 k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
                 partial = (j < inner_begin) | (j >= inner_end)
                 y = excess(
-                    q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T,
-                    TILE, SLOPES,
-                )  # fmt: skip
+                    q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED
+                )
                 p, g = weights(y, e, ALPHA, EXACT)
                 tile_slope = tl.sum(g, 1)
                 mass += tl.sum(p, 1)
                 slopes += tile_slope
                 if ALPHA == 1:
                     size += tl.sum(tl.where(y > 0.0, 1.0, 0.0), 1)
-                bits |= (tile_slope > 0.0).to(tl.int32) << (i - base)
+                bits |= 1 - (tile_slope <= 0.0).to(tl.int32) << (i - base)
             if passes == 0:  # the threshold is a lower bound in the first pass: what is below it is out for good
                 places = base + tl.arange(0, 32)
-                tiles = tl.load(tile_list + places, mask=places < count, other=0)
+                tiles = tl.load(tile_list + 1 + places, mask=places < count, other=0)
                 bit = (tl.reduce(bits, 0, either) >> (places - base)) & 1
                 tl.debug_barrier()
-                tl.store(tile_list + kept + tl.cumsum(bit, 0) - 1, tiles, mask=bit != 0)
-                tl.atomic_or(words + tiles // 32, bit << (tiles % 32), mask=bit != 0)
+                tl.store(tile_list + kept + tl.cumsum(bit, 0), tiles, mask=bit != 0)
+                dropped = (places < count) & (bit == 0)
+                tl.atomic_and(words + tiles // 32, ~(1 << (tiles % 32)), mask=dropped)
                 tl.debug_barrier()
                 kept += tl.sum(bit, 0)
         if passes == 0:
@@ -129,6 +118,43 @@ def _attend_kernel(
         residual = tl.max(tl.where(visible, tl.abs(mass - 1.0), 0.0), 0)
         threshold = tl.where(visible, tl.maximum(threshold + step, bound), threshold)
         passes += 1
+    tl.store(tile_list, count)
+    tl.store(state_ptr + (bh * T + rows) * 2, threshold, mask=rows < T)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _output_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, mean_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, state_ptr, tiles_ptr,
+    list_ptr,
+    sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, interval_stride, alpha_stride,
+    T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
+    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    n_row_tiles = tl.num_programs(0)
+    tile_row = n_row_tiles - 1 - tl.program_id(0)
+    bh = first_head + tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    if has_other_launch(slopes_ptr, h, BIASED):
+        return
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+    state = state_ptr + (bh * T + rows) * 2
+    threshold = tl.load(state, mask=rows < T, other=NOTHING)
+    visible = threshold < NOTHING
+    first_ptr += b * interval_stride
+    last_ptr += b * interval_stride
+    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+    ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
+    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+    inner_begin = tl.load(words + n_words)
+    inner_end = tl.load(words + n_words + 1)
+    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * (n_key_tiles + 1)
+    count = tl.load(tile_list)
+    k_base = k_ptr + b * skb + h // GROUP * skh
+    v_base = v_ptr + b * svb + h // GROUP * svh
+    ones = tl.full((TILE,), 1.0, tl.float32)
 
     # The output at this threshold, and what it is off by: a step of first order mends a small error, and a larger one
     # (a row in some thousands) is done again.
@@ -146,14 +172,13 @@ def _attend_kernel(
             mass = tl.zeros((TILE,), tl.float32)
             slopes = tl.zeros((TILE,), tl.float32)
             for i in range(0, count):
-                j = tl.load(tile_list + i)
+                j = tl.load(tile_list + 1 + i)
                 k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
                 v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
                 partial = (j < inner_begin) | (j >= inner_end)
                 y = excess(
-                    q, k, j, kz, threshold, ce, slope_ptr, e, slope, origin, partial, first_ptr, last_ptr, rows, T,
-                    TILE, SLOPES,
-                )  # fmt: skip
+                    q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED
+                )
                 p, g = weights(y, e, ALPHA, EXACT)
                 mass += tl.sum(p, 1)
                 slopes += tl.sum(g, 1)
@@ -178,34 +203,39 @@ def _attend_kernel(
     if ALPHA == 0:  # (1 + y) norm = 1 + y'
         a = e * log_mass
         threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)
-    state = state_ptr + (bh * T + rows) * 2
     tl.store(state, tl.where(visible, threshold, NOTHING), mask=rows < T)
     tl.store(state + 1, tl.where(visible, norm, 0.0), mask=rows < T)
 
 
 def kernel_forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Output (B, H, T, D_v), and for the backward: the state, float32 (B, H, T, 2); the mean of the values by slope,
-    like the output (None unless ``save``); the tiles, int32 (B, H, query tiles, words)."""
+    like the output (None unless ``save``); the tiles, those of ``triton_common.py``."""
     x = problem
     B, H, T = x.query.shape[:3]
     out = x.query.new_empty(B, H, T, x.value.shape[-1])
     mean = torch.empty_like(out) if save else None
     state = torch.empty(B, H, T, 2, dtype=torch.float32, device=out.device)
-    tiles = torch.zeros(B, H, x.n_row_tiles, x.n_words, dtype=torch.int32, device=out.device)
+    tiles = torch.zeros(x.tiles_shape, dtype=torch.int32, device=out.device)
     if out.numel() == 0:
         return out, state, mean, tiles
     mark_candidates(x, state, tiles)
-    tile_list = torch.empty(x.heads_at_once, x.n_row_tiles, x.n_key_tiles, dtype=torch.int32, device=out.device)
+    # Of each query tile: how many key tiles, and which.
+    tile_list = torch.empty(x.heads_at_once, x.n_row_tiles, x.n_key_tiles + 1, dtype=torch.int32, device=out.device)
+    rows = (x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles, tile_list)
+    strides = [stride for tensor in (x.query, x.key, x.value) for stride in tensor.stride()[:3]]
+    intervals = (x.interval_stride, x.alpha_stride)
+    sizes = (T, x.key.shape[2], H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value)
     for first_head in range(0, B * H, x.heads_at_once):
-        heads = min(x.heads_at_once, B * H - first_head)
-        launch(
-            _attend_kernel,
-            (x.n_row_tiles, heads),
-            _ATTEND if x.widest <= 64 else _ATTEND[1:],
-            x.constants(value=True),
-            x.query, x.key, x.value, out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
-            tile_list,
-            *x.query.stride()[:3], *x.key.stride()[:3], *x.value.stride()[:3], x.interval_stride, x.alpha_stride,
-            T, x.key.shape[2], H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, x.tolerance, first_head,
-        )  # fmt: skip
+        grid = (x.n_row_tiles, min(x.heads_at_once, B * H - first_head))
+        for biased in x.biased:
+            launch(
+                _solve_kernel, grid, _SOLVE, x.constants() | {"BIASED": biased},
+                x.query, x.key, *rows, *strides[:6], *intervals, *sizes, x.tolerance, first_head,
+            )  # fmt: skip
+        for biased in x.biased:
+            launch(
+                _output_kernel, grid, _OUTPUT if x.widest <= 64 else _OUTPUT[1:],
+                x.constants(value=True) | {"BIASED": biased},
+                x.query, x.key, x.value, out, mean, *rows, *strides, *intervals, *sizes, first_head,
+            )  # fmt: skip
     return out, state, mean, tiles

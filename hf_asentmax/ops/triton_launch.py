@@ -106,7 +106,9 @@ class Problem:
         self.widest = max(self.query.shape[-1], self.value.shape[-1])
         self.tile = _tile(self.query.dtype)
         self.n_key_tiles = triton.cdiv(self.key.shape[2], self.tile)
-        *_, self.n_row_tiles, self.n_words = tiles_shape(self.query, self.key)
+        self.tiles_shape = tiles_shape(self.query, self.key)
+        *_, self.n_row_tiles, row_words = self.tiles_shape
+        self.n_words = row_words - 2
         heads = self.query.shape[0] * self.query.shape[1]
         if heads > _MOST_HEADS:
             raise ValueError(f"batch times heads must be at most {_MOST_HEADS} on a GPU, got {heads}; split the batch")
@@ -115,7 +117,12 @@ class Problem:
     @property
     def tolerance(self) -> float:
         """How far from 1 a row's mass may be before the step to its threshold; the last pass checks what that left."""
-        return 1e-3 if self.query.dtype == torch.float32 else 1.0
+        return 1.0 if self.query.dtype != torch.float32 and self.alpha is None and self.alpha_value == 1.5 else 1e-3
+
+    @property
+    def biased(self) -> tuple[bool, ...]:
+        """Heads with a slope and heads without one have a launch each: the latter then cost what they cost alone."""
+        return (False,) if self.slopes is None else (False, True)
 
     def constants(self, value: bool = False) -> dict[str, Any]:
         """The constants of a kernel, those of the values too if asked for."""
@@ -140,7 +147,7 @@ def _tile(dtype: torch.dtype) -> int:
 
 
 def tiles_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
-    """Shape of the int32 bits that say which pairs of tiles have support: (B, H, query tiles, words of key tiles)."""
+    """Shape of the int32 ``tiles`` of ``triton_common.py``: (B, H, query tiles, words of key tiles + 2)."""
     tile = _tile(query.dtype)
     batch, heads, length = query.shape[:3]
-    return batch, heads, triton.cdiv(length, tile), triton.cdiv(triton.cdiv(key.shape[2], tile), 32)
+    return batch, heads, triton.cdiv(length, tile), triton.cdiv(triton.cdiv(key.shape[2], tile), 32) + 2

@@ -227,6 +227,18 @@ def test_kernels_gpu_weights_have_mass_1_and_the_exact_support(length: int, vari
     assert_weights_are_right(torch.cat(columns, -1)[..., :length], leaves, options)
 
 
+@pytest.mark.parametrize("variant", ["plain", "everything", "float32"])
+def test_kernels_gpu_give_nan_for_a_nan_query_alone(variant: str) -> None:
+    sizes, dtype = VARIANTS[variant]
+    leaves, options = build({**sizes, "T": 200, "N": 200}, dtype, "cuda")
+    expected = entmax_attention(**leaves, **options)
+    leaves["query"].detach()[0, 1, 70, 3] = torch.nan
+    out = entmax_attention(**leaves, **options)
+    assert out[0, 1, 70].isnan().all()
+    expected.detach()[0, 1, 70] = out.detach()[0, 1, 70] = 0
+    assert (out - expected).abs().max() <= 0.02
+
+
 def test_kernels_gpu_keep_mass_1_over_many_identical_keys() -> None:
     query, key = torch.randn(1, 2, 100, 64, device="cuda"), torch.randn(1, 1, 1, 64, device="cuda")
     keys = key.expand(-1, -1, 20_000, -1).bfloat16()
@@ -423,7 +435,7 @@ def test_kernels_gpu_train_a_model(positions: str, monkeypatch: pytest.MonkeyPat
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
         model(**batch).loss.backward()
-        return {name: x.grad.cpu() for name, x in model.named_parameters() if x.grad is not None}
+        return {name: x.grad.cpu().clone() for name, x in model.named_parameters() if x.grad is not None}
 
     expected = gradients()
     assert forwards == backwards == []

@@ -56,7 +56,7 @@ def _queries_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdb, sdh, sdt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
@@ -115,7 +115,7 @@ def _keys_kernel(
     interval_stride, alpha_stride,
     T, N, H, GROUP, n_row_tiles, n_words, scaling, alpha_value, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     SLOPES: tl.constexpr = slopes_ptr is not None
     j = tl.program_id(0)  # the keys that the most queries see first

@@ -35,13 +35,13 @@ from .triton_common import (
 )
 from .triton_launch import SIZES, Config, Problem, launch
 
-# Wide blocks of queries load each key tile least often. A class takes scores of one thread alone: across threads, each
-# would hold a copy of its maximum, and Triton 3.6 adds the copies up. The matrix units give a thread every eighth key;
-# float32 runs outside them, so there every key of a step is a class.
+# Wide blocks of queries load each key tile least often; with a slope there are few tiles, and latency counts instead.
+# A class is a part of what one thread holds (see ``partial_sum``): of a step in float32, one key.
 _CANDIDATES = (
     Config(8, 2, {"ROWS": 2, "TILES": 2, "CLASSES": 32}, 128),
     Config(4, 1, {"ROWS": 1, "TILES": 1, "CLASSES": 16}),
 )
+_CANDIDATES_BIASED = (Config(4, 1, {"ROWS": 1, "TILES": 1, "CLASSES": 16}, 128), _CANDIDATES[1])
 _CANDIDATES_FLOAT32 = (
     Config(8, 2, {"ROWS": 2, "TILES": 2, "CLASSES": 64}, 128),
     Config(4, 1, {"ROWS": 1, "TILES": 1, "CLASSES": 32}),
@@ -61,20 +61,23 @@ def _norms_kernel(k_ptr, norms_ptr, skb, skh, skt, N, HEADS_KV, TILE: tl.constex
 
 @triton.jit
 def _raise_bound(best, kz, threshold, e, steps, ALPHA: tl.constexpr, EXACT: tl.constexpr):
-    """Newton steps from below toward the threshold of the scores ``best`` alone, a lower bound of the row's."""
+    """Newton steps from below toward the threshold of the scores ``best`` alone, a lower bound of the row's; and the
+    sum of g before the last of them."""
+    slope = tl.zeros_like(threshold)
     for _ in range(steps):
         p, g = weights(best * kz[:, None, None] - threshold[:, None, None], e, ALPHA, EXACT)
-        step = newton_step(tl.sum(tl.sum(p, 2), 1), tl.sum(tl.sum(g, 2), 1), e, ALPHA)
+        slope = tl.sum(tl.sum(g, 2), 1)
+        step = newton_step(tl.sum(tl.sum(p, 2), 1), slope, e, ALPHA)
         threshold += tl.maximum(step, 0.0)
-    return threshold
+    return threshold, slope
 
 
 @triton.jit
-def _class_maxima(x, ROWS: tl.constexpr, TILES: tl.constexpr, CLASSES: tl.constexpr):
-    """(ROWS, TILES * tile) -> (ROWS, TILES, CLASSES // TILES): key j of a tile is of class j mod 8 and of its part."""
-    PARTS: tl.constexpr = CLASSES // TILES // 8
-    x = tl.reshape(x, (ROWS, TILES, PARTS, x.shape[1] // (TILES * PARTS * 8), 8))
-    return tl.reshape(tl.max(x, 3), (ROWS, TILES, PARTS * 8))
+def _class_maxima(x, ROWS: tl.constexpr, TILES: tl.constexpr, CLASSES: tl.constexpr, LANES: tl.constexpr):
+    """(ROWS, TILES * tile) -> (ROWS, TILES, CLASSES // TILES): a class is j mod LANES of a part of a tile."""
+    PARTS: tl.constexpr = CLASSES // TILES // LANES
+    x = tl.reshape(x, (ROWS, TILES, PARTS, x.shape[1] // (TILES * PARTS * LANES), LANES))
+    return tl.reshape(tl.max(x, 3), (ROWS, TILES, PARTS * LANES))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -82,8 +85,8 @@ def _candidates_kernel(
     q_ptr, k_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, norms_ptr, alpha_ptr, state_ptr, tiles_ptr,
     sqb, sqh, sqt, skb, skh, skt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_row_tiles, n_key_tiles, n_words, scaling, alpha_value,
-    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EXACT: tl.constexpr,
-    BIASED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CLASSES: tl.constexpr,
+    ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LANES: tl.constexpr,
+    EXACT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     SHIFT: tl.constexpr = 1.0 if ALPHA == 0 else 0.0  # threshold - tau
     BLOCK: tl.constexpr = ROWS * TILE
@@ -150,35 +153,38 @@ def _candidates_kernel(
                 x = x * ce[:, None] + (slope * distance)[None, :]
             if (j < inner_begin) | (j >= inner_end):
                 x = hide(x, HIDDEN, j, first_ptr, last_ptr, rows, T, STEP)
-            maxima = _class_maxima(x, BLOCK, TILES, CLASSES)
+            maxima = _class_maxima(x, BLOCK, TILES, CLASSES, LANES)
             best = tl.maximum(best, maxima)
             top = tl.max(maxima, 2) * kz[:, None]
             threshold = tl.maximum(threshold, tl.max(top, 1) - 1.0 + SHIFT)
             place = (j % STEPS) * TILES + tl.arange(0, TILES)
             bits |= 1 - (top <= threshold[:, None] - SHIFT).to(tl.int32) << place[None, :]  # NaN is to be seen
-        threshold = _raise_bound(best, kz, threshold, e, 1, ALPHA, EXACT)
+        threshold, _ = _raise_bound(best, kz, threshold, e, 1, ALPHA, EXACT)
         tl.atomic_or(words + word, any_bit(tl.reduce(bits, 1, either), ROWS, TILE), mask=tile_rows < n_row_tiles)
         stop = next_stop
 
-    threshold = _raise_bound(best, kz, threshold, e, 4, ALPHA, EXACT)
+    threshold, slope_sum = _raise_bound(best, kz, threshold, e, 2, ALPHA, EXACT)
     if BIASED:  # from this block's origin of the bias to each query tile's own
         own = tl.load(last_ptr + rows // TILE * TILE, mask=rows < T, other=0) - 1
         threshold += slope * (origin - own).to(tl.float32)
-    tl.store(state_ptr + (bh * T + rows) * 2, tl.where(visible, threshold, NOTHING), mask=rows < T)
+    state = state_ptr + (bh * T + rows) * 2
+    tl.store(state, tl.where(visible, threshold, NOTHING), mask=rows < T)
+    tl.store(state + 1, slope_sum, mask=rows < T)
 
 
 def mark_candidates(problem: Problem, state: Tensor, tiles: Tensor) -> None:
-    """Write each query's bound to ``state[..., 0]`` and set the bits of the tiles that can have support in ``tiles``,
-    which is zero."""
+    """Write each query's bound, and about the sum of g there, to ``state``; set the bits of the tiles that can have
+    support in ``tiles``, which is zero."""
     x = problem
     B, H, T = x.query.shape[:3]
     norms = _key_norms(x) if x.slopes is not None else None
     query = -x.query if x.query_scale is None and x.scaling < 0 else x.query  # the largest product: the largest score
     for biased in x.biased:
+        configs = _CANDIDATES_BIASED if biased else _CANDIDATES
         launch(
             _candidates_kernel,
             (x.n_row_tiles, B * H),
-            _CANDIDATES_FLOAT32 if x.query.dtype == torch.float32 else _CANDIDATES,
+            _CANDIDATES_FLOAT32 if x.query.dtype == torch.float32 else configs,
             x.constants() | {"BIASED": biased},
             query, x.key, x.first, x.last, x.query_scale, x.slopes, norms, x.alpha, state, tiles,
             *query.stride()[:3], *x.key.stride()[:3], x.interval_stride, x.alpha_stride,

@@ -36,6 +36,15 @@ def any_bit(bits, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def partial_sum(x, LANES: tl.constexpr):
+    """(ROWS, COLUMNS) -> (ROWS, LANES): the sums of what each thread holds of a row, to be added up after the loop.
+
+    LANES is 8 where matrix units give a thread every eighth column, else COLUMNS. It must not join threads here: each
+    would then hold a copy of the sum, and Triton 3.6 adds copies up."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // LANES, LANES)), 1)
+
+
+@triton.jit
 def load_tile(ptr, start, stride, end, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr):
     """Rows ``start`` to ``start + ROWS`` of a (tokens, DIM) array, zeros from row ``end`` and column DIM on."""
     rows = tl.arange(0, ROWS)

@@ -132,6 +132,7 @@ class Problem:
             "TILE": self.tile,
             "DIM": dim,
             "BLOCK_DIM": _padded(dim),
+            "LANES": self.tile if self.query.dtype == torch.float32 else 8,
             "EXACT": self.query.dtype == torch.float32 or not _HAS_FAST_LOG,
         }
         return constants | {"DIM_V": dim_v, "BLOCK_DIM_V": _padded(dim_v)} if value else constants

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .triton_common import (
     excess,
-    has_other_launch,
     list_tiles,
     load_bias,
     load_exponent,
@@ -56,55 +55,63 @@ def _queries_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, sgb, sgh, sgt, sdb, sdh, sdt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    SLOPES: tl.constexpr = slopes_ptr is not None
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
-    bh = first_head + tl.program_id(1).to(tl.int64)
+    # Backwards, since what the forward had last may still be in the cache.
+    in_chunk = tl.num_programs(1).to(tl.int64) - 1 - tl.program_id(1)
+    bh = first_head + in_chunk
     b, h = bh // H, bh % H
-    if has_other_launch(slopes_ptr, h, BIASED):
-        return
-    rows = tile_row * TILE + tl.arange(0, TILE)
-    q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
-    grad = load_tile(grad_ptr + b * sgb + h * sgh, tile_row * TILE, sgt, T, DIM_V, BLOCK_DIM_V, TILE)
-    mean = load_tile(mean_ptr + bh * T * DIM_V, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
-    threshold = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=1.0)
-    norm = tl.load(state_ptr + (bh * T + rows) * 2 + 1, mask=rows < T, other=0.0)
-    first_ptr += b * interval_stride
-    last_ptr += b * interval_stride
-    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-    c = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE)
-    ce = c * e
-    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
-    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
-    inner_begin = tl.load(words + n_words)
-    inner_end = tl.load(words + n_words + 1)
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * n_key_tiles
-    count = list_tiles(words, n_words, tile_list, 128)
-    delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
-    tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
-    k_base = k_ptr + b * skb + h // GROUP * skh
-    v_base = v_ptr + b * svb + h // GROUP * svh
+    has_slope = False
+    if SLOPES:
+        has_slope = tl.load(slopes_ptr + h) != 0.0
+    for BIASED in tl.static_range(1 + SLOPES):
+        if has_slope == BIASED:
+            rows = tile_row * TILE + tl.arange(0, TILE)
+            q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+            grad = load_tile(grad_ptr + b * sgb + h * sgh, tile_row * TILE, sgt, T, DIM_V, BLOCK_DIM_V, TILE)
+            mean = load_tile(mean_ptr + bh * T * DIM_V, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
+            threshold = tl.load(state_ptr + (bh * T + rows) * 2, mask=rows < T, other=1.0)
+            norm = tl.load(state_ptr + (bh * T + rows) * 2 + 1, mask=rows < T, other=0.0)
+            first_ptr += b * interval_stride
+            last_ptr += b * interval_stride
+            e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+            c = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE)
+            ce = c * e
+            slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+            words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+            inner_begin = tl.load(words + n_words)
+            inner_end = tl.load(words + n_words + 1)
+            tile_list = list_ptr + (in_chunk * n_row_tiles + tile_row) * n_key_tiles
+            count = list_tiles(words, n_words, tile_list, 128)
+            delta = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
+            tl.store(delta_ptr + bh * T + rows, delta, mask=rows < T)
+            k_base = k_ptr + b * skb + h // GROUP * skh
+            v_base = v_ptr + b * svb + h // GROUP * svh
 
-    acc = tl.zeros((TILE, BLOCK_DIM), tl.float32)
-    dalpha = tl.zeros((TILE,), tl.float32)
-    for i in range(0, count):
-        j = tl.load(tile_list + i)
-        k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
-        v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
-        partial = (j < inner_begin) | (j >= inner_end)
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
-        y = excess(q, k, j, ce, norm, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED)
-        p, g = weights(y, e, ALPHA, EXACT)
-        if dalpha_ptr is not None:
-            dalpha += tl.sum(_alpha_slopes(y, p, g, e, EXACT) * dp, 1)
-        acc = tl.dot((g * dp).to(k.dtype), k, acc, input_precision="ieee")
+            acc = tl.zeros((TILE, BLOCK_DIM), tl.float32)
+            dalpha = tl.zeros((TILE,), tl.float32)
+            for i in range(0, count):
+                j = tl.load(tile_list + i)
+                k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
+                v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
+                partial = (j < inner_begin) | (j >= inner_end)
+                dp = tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None]
+                y = excess(
+                    q, k, j, ce, norm, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED
+                )
+                p, g = weights(y, e, ALPHA, EXACT)
+                if dalpha_ptr is not None:
+                    dalpha += tl.sum(_alpha_slopes(y, p, g, e, EXACT) * dp, 1)
+                acc = tl.dot((g * dp).to(k.dtype), k, acc, input_precision="ieee")
 
-    if dr_ptr is not None:
-        tl.store(dr_ptr + bh * T + rows, scaling * tl.sum(q.to(tl.float32) * acc, 1), mask=rows < T)
-    if dalpha_ptr is not None:
-        tl.store(dalpha_ptr + bh * T + rows, dalpha, mask=rows < T)
-    store_tile(dq_ptr + b * sdb + h * sdh, acc * c[:, None], tile_row * TILE, sdt, T, DIM, BLOCK_DIM, TILE)
+            if dr_ptr is not None:
+                tl.store(dr_ptr + bh * T + rows, scaling * tl.sum(q.to(tl.float32) * acc, 1), mask=rows < T)
+            if dalpha_ptr is not None:
+                tl.store(dalpha_ptr + bh * T + rows, dalpha, mask=rows < T)
+            store_tile(dq_ptr + b * sdb + h * sdh, acc * c[:, None], tile_row * TILE, sdt, T, DIM, BLOCK_DIM, TILE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,8 +133,8 @@ def _keys_kernel(
     k = load_tile(k_ptr + b * skb + h_kv * skh, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
     v = load_tile(v_ptr + b * svb + h_kv * svh, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
 
-    # The query tiles of the group's heads that have support here, as head << 24 | query tile: from the front those that
-    # need neither mask nor bias, from the back the others.
+    # The query tiles of the group's heads that have support here, as head << 24 | masked << 23 | query tile: from the
+    # front those that need neither mask nor bias, from the back the others.
     n_places = GROUP * n_row_tiles
     tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + j) * n_places
     words = tiles_ptr + first_query_head * n_row_tiles * (n_words + 2)
@@ -139,15 +146,17 @@ def _keys_kernel(
         inside = place < n_places
         head = place // n_row_tiles
         bit = (tl.load(row_words + j // 32, mask=inside, other=0) >> (j % 32)) & 1
-        plain = j >= tl.load(row_words + n_words, mask=inside, other=0)
-        plain = plain & (j < tl.load(row_words + n_words + 1, mask=inside, other=0))
+        whole = j >= tl.load(row_words + n_words, mask=inside, other=0)
+        whole = whole & (j < tl.load(row_words + n_words + 1, mask=inside, other=0))
+        plain = whole
         if SLOPES:
             slopes = tl.load(slopes_ptr + h_kv * GROUP + head, mask=inside, other=0.0)
             plain = plain & (slopes == 0.0)
         counts = tl.where(plain, bit, bit << 16)
         ranks = tl.cumsum(counts, 0)
         index = tl.where(plain, n_plain + (ranks & 65535) - 1, n_places - n_others - (ranks >> 16))
-        tl.store(tile_list + index, head << 24 | place - head * n_row_tiles, mask=bit != 0)
+        entry = head << 24 | (1 - whole.to(tl.int32)) << 23 | place - head * n_row_tiles
+        tl.store(tile_list + index, entry, mask=bit != 0)
         counts = tl.sum(counts, 0)
         n_plain += counts & 65535
         n_others += counts >> 16
@@ -159,9 +168,12 @@ def _keys_kernel(
     last_ptr += b * interval_stride
     for part in tl.static_range(2):
         for i in range(0, n_others if part else n_plain):
-            place = tl.load(tile_list + (n_places - 1 - i if part else i))
-            h = h_kv * GROUP + (place >> 24)
-            tile_row = place & 0xFFFFFF
+            entry = tl.load(tile_list + (n_places - 1 - i if part else i))
+            h = h_kv * GROUP + (entry >> 24)
+            masked = False
+            if part:
+                masked = (entry >> 23 & 1) != 0
+            tile_row = entry & 0x7FFFFF
             offset = (b * H + h) * T
             rows = tile_row * TILE + tl.arange(0, TILE)
             inside = rows < T
@@ -174,7 +186,7 @@ def _keys_kernel(
             e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
             slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, SLOPES and part == 1)
             y = excess(
-                q, k, j, c * e, norm, threshold, slope, origin, part, first_ptr, last_ptr, rows, T, TILE,
+                q, k, j, c * e, norm, threshold, slope, origin, masked, first_ptr, last_ptr, rows, T, TILE,
                 SLOPES and part == 1,
             )  # fmt: skip
             p, g = weights(y, e, ALPHA, EXACT)
@@ -212,17 +224,16 @@ def kernel_backward(
     tile_list = torch.empty(x.heads_at_once * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
     for first_head in range(0, B * H, x.heads_at_once):
         heads = min(x.heads_at_once, B * H - first_head)
-        for biased in x.biased:
-            launch(
-                _queries_kernel,
-                (x.n_row_tiles, heads),
-                _QUERIES if x.widest <= 64 else _QUERIES[1:],
-                x.constants(value=True) | {"BIASED": biased},
-                x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state,
-                tiles, dq, dr, dalpha, delta, tile_list,
-                *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
-                T, N, H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
-            )  # fmt: skip
+        launch(
+            _queries_kernel,
+            (x.n_row_tiles, heads),
+            _QUERIES if x.widest <= 64 else _QUERIES[1:],
+            x.constants(value=True),
+            x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
+            dq, dr, dalpha, delta, tile_list,
+            *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
+            T, N, H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value, first_head,
+        )  # fmt: skip
     at_once = max(1, x.heads_at_once // x.group)
     if at_once * x.group > x.heads_at_once:
         tile_list = torch.empty(x.group * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)

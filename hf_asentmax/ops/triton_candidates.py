@@ -22,7 +22,6 @@ from .triton_common import (
     NOTHING,
     any_bit,
     either,
-    has_other_launch,
     hide,
     key_tile_ranges,
     load_bias,
@@ -95,7 +94,10 @@ def _candidates_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    if has_other_launch(slopes_ptr, h, BIASED):
+    has_slope = False
+    if slopes_ptr is not None:
+        has_slope = tl.load(slopes_ptr + h) != 0.0
+    if has_slope != BIASED:
         return
     rows = block * BLOCK + tl.arange(0, BLOCK)
     first_ptr += b * interval_stride
@@ -179,7 +181,7 @@ def mark_candidates(problem: Problem, state: Tensor, tiles: Tensor) -> None:
     B, H, T = x.query.shape[:3]
     norms = _key_norms(x) if x.slopes is not None else None
     query = -x.query if x.query_scale is None and x.scaling < 0 else x.query  # the largest product: the largest score
-    for biased in x.biased:
+    for biased in (False,) if x.slopes is None else (False, True):  # a launch each: they differ in all
         configs = _CANDIDATES_BIASED if biased else _CANDIDATES
         launch(
             _candidates_kernel,

@@ -164,15 +164,6 @@ def hide(x, hidden, j, first_ptr, last_ptr, rows, T, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def has_other_launch(slopes_ptr, h, BIASED: tl.constexpr):
-    """Heads with a slope (BIASED) and heads without one are served by a launch each."""
-    if slopes_ptr is None:
-        return False
-    else:
-        return (tl.load(slopes_ptr + h) != 0.0) != BIASED
-
-
-@triton.jit
 def load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE: tl.constexpr, BIASED: tl.constexpr):
     """ALiBi of a head, in units of z: the slope, and the position from which a query tile counts distances."""
     if BIASED:

@@ -2,8 +2,8 @@
 
 ``_solve_kernel`` visits the marked tiles: one pass gives mass and slope at the bound and a little above it, and unmarks
 tiles that lie below; interpolation between the two is the threshold (further passes while a row's mass is far from 1).
-``_output_kernel`` gives the output and ``mean_i = sum_j g_ij v_j / sum_j g_ij``, which the backward needs, and mends what
-the step left. They are two, because the first needs few registers: the more of its programs run at once.
+``_output_kernel`` gives the output and ``mean_i = sum_j g_ij v_j / sum_j g_ij``, which the backward needs, and mends
+what the step left. They are two, because the first needs few registers: the more of its programs run at once.
 
 The law and what is held of it: ``triton_common.py``. Memory beside the output: a second tensor of its size, 8 bytes a
 query, one bit a pair of tiles, and lists of tiles of at most 64 MiB. No atomics on floating point numbers: the same
@@ -24,7 +24,6 @@ from .triton_common import (
     NOTHING,
     either,
     excess,
-    has_other_launch,
     key_tile_ranges,
     list_tiles,
     load_bias,
@@ -68,85 +67,107 @@ def _solve_kernel(
     sqb, sqh, sqt, skb, skh, skt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, tolerance, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LANES: tl.constexpr,
-    EXACT: tl.constexpr, BIASED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
+    SLOPES: tl.constexpr = slopes_ptr is not None
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
-    bh = first_head + tl.program_id(1).to(tl.int64)
+    # Backwards, since what the dense pass had last is still in the cache.
+    in_chunk = tl.num_programs(1).to(tl.int64) - 1 - tl.program_id(1)
+    bh = first_head + in_chunk
     b, h = bh // H, bh % H
-    if has_other_launch(slopes_ptr, h, BIASED):
-        return
-    rows = tile_row * TILE + tl.arange(0, TILE)
-    q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
-    state = state_ptr + (bh * T + rows) * 2
-    bound = tl.load(state, mask=rows < T, other=NOTHING)
-    total_slope = tl.load(state + 1, mask=rows < T, other=1.0)
-    first_ptr += b * interval_stride
-    last_ptr += b * interval_stride
-    first, last, visible = load_intervals(first_ptr, last_ptr, rows, T)
-    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-    ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
-    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
-    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * (n_key_tiles + 1)
-    count = list_tiles(words, n_words, tile_list + 1, 128)
-    begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
-    tl.store(words + n_words, inner_begin)
-    tl.store(words + n_words + 1, inner_end)
+    has_slope = False
+    if SLOPES:
+        has_slope = tl.load(slopes_ptr + h) != 0.0
+    for BIASED in tl.static_range(1 + SLOPES):
+        if has_slope == BIASED:
+            rows = tile_row * TILE + tl.arange(0, TILE)
+            q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+            state = state_ptr + (bh * T + rows) * 2
+            bound = tl.load(state, mask=rows < T, other=NOTHING)
+            total_slope = tl.load(state + 1, mask=rows < T, other=1.0)
+            first_ptr += b * interval_stride
+            last_ptr += b * interval_stride
+            first, last, visible = load_intervals(first_ptr, last_ptr, rows, T)
+            e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+            ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
+            slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+            words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+            tile_list = list_ptr + (in_chunk * n_row_tiles + tile_row) * (n_key_tiles + 1)
+            count = list_tiles(words, n_words, tile_list + 1, 128)
+            begin, inner_begin, inner_end, end = key_tile_ranges(first, last, visible, TILE)
+            tl.store(words + n_words, inner_begin)
+            tl.store(words + n_words + 1, inner_end)
 
-    k_base = k_ptr + b * skb + h // GROUP * skh
-    ones = tl.full((TILE,), 1.0, tl.float32)
-    threshold = bound
-    passes = 0
-    residual = tolerance + 1.0
-    while (residual > tolerance) & (passes < 32):
-        ahead = AHEAD / tl.maximum(total_slope, 1.0e-30)
-        mass = tl.zeros((TILE, LANES), tl.float32)
-        slopes = tl.zeros((TILE, LANES), tl.float32)
-        mass_ahead = tl.zeros((TILE, LANES), tl.float32)
-        slopes_ahead = tl.zeros((TILE, LANES), tl.float32)
-        kept = 0
-        for base in range(0, count, 32):
-            bits = tl.zeros((TILE, LANES), tl.int32)
-            for i in range(base, tl.minimum(base + 32, count)):
-                j = tl.load(tile_list + 1 + i)
-                k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
-                partial = (j < inner_begin) | (j >= inner_end)
-                y = excess(
-                    q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED
-                )
-                p, g = weights(y, e, ALPHA, EXACT)
-                tile_slope = partial_sum(g, LANES)
-                mass += partial_sum(p, LANES)
-                slopes += tile_slope
+            k_base = k_ptr + b * skb + h // GROUP * skh
+            ones = tl.full((TILE,), 1.0, tl.float32)
+            threshold = bound
+            passes = 0
+            residual = tolerance + 1.0
+            while (residual > tolerance) & (passes < 32):
+                ahead = AHEAD / tl.maximum(total_slope, 1.0e-30)
+                mass = tl.zeros((TILE, LANES), tl.float32)
+                slopes = tl.zeros((TILE, LANES), tl.float32)
+                mass_ahead = tl.zeros((TILE, LANES), tl.float32)
+                slopes_ahead = tl.zeros((TILE, LANES), tl.float32)
+                kept = 0
+                for base in range(0, count, 32):
+                    bits = tl.zeros((TILE, LANES), tl.int32)
+                    for i in range(base, tl.minimum(base + 32, count)):
+                        j = tl.load(tile_list + 1 + i)
+                        k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
+                        partial = (j < inner_begin) | (j >= inner_end)
+                        y = excess(
+                            q,
+                            k,
+                            j,
+                            ce,
+                            ones,
+                            threshold,
+                            slope,
+                            origin,
+                            partial,
+                            first_ptr,
+                            last_ptr,
+                            rows,
+                            T,
+                            TILE,
+                            BIASED,
+                        )
+                        p, g = weights(y, e, ALPHA, EXACT)
+                        tile_slope = partial_sum(g, LANES)
+                        mass += partial_sum(p, LANES)
+                        slopes += tile_slope
+                        if ALPHA == 1:
+                            above = tl.maximum(g - ahead[:, None], 0.0)
+                            mass_ahead += partial_sum(above * above, LANES)
+                            slopes_ahead += partial_sum(above, LANES)
+                        bits |= 1 - (tile_slope <= 0.0).to(tl.int32) << (i - base)
+                    if (
+                        passes == 0
+                    ):  # the threshold is a lower bound in the first pass: what is below it is out for good
+                        places = base + tl.arange(0, 32)
+                        tiles = tl.load(tile_list + 1 + places, mask=places < count, other=0)
+                        bit = (tl.reduce(tl.reduce(bits, 1, either), 0, either) >> (places - base)) & 1
+                        tl.debug_barrier()
+                        tl.store(tile_list + kept + tl.cumsum(bit, 0), tiles, mask=bit != 0)
+                        dropped = (places < count) & (bit == 0)
+                        tl.atomic_and(words + tiles // 32, ~(1 << (tiles % 32)), mask=dropped)
+                        tl.debug_barrier()
+                        kept += tl.sum(bit, 0)
+                if passes == 0:
+                    count = kept
+                total = tl.sum(mass, 1)
+                total_slope = tl.sum(slopes, 1)
                 if ALPHA == 1:
-                    above = tl.maximum(g - ahead[:, None], 0.0)
-                    mass_ahead += partial_sum(above * above, LANES)
-                    slopes_ahead += partial_sum(above, LANES)
-                bits |= 1 - (tile_slope <= 0.0).to(tl.int32) << (i - base)
-            if passes == 0:  # the threshold is a lower bound in the first pass: what is below it is out for good
-                places = base + tl.arange(0, 32)
-                tiles = tl.load(tile_list + 1 + places, mask=places < count, other=0)
-                bit = (tl.reduce(tl.reduce(bits, 1, either), 0, either) >> (places - base)) & 1
-                tl.debug_barrier()
-                tl.store(tile_list + kept + tl.cumsum(bit, 0), tiles, mask=bit != 0)
-                dropped = (places < count) & (bit == 0)
-                tl.atomic_and(words + tiles // 32, ~(1 << (tiles % 32)), mask=dropped)
-                tl.debug_barrier()
-                kept += tl.sum(bit, 0)
-        if passes == 0:
-            count = kept
-        total = tl.sum(mass, 1)
-        total_slope = tl.sum(slopes, 1)
-        if ALPHA == 1:
-            step = _step_between(total, total_slope, tl.sum(mass_ahead, 1), tl.sum(slopes_ahead, 1), ahead)
-        else:
-            step = newton_step(total, total_slope, e, ALPHA)
-        residual = tl.max(tl.where(visible, tl.abs(total - 1.0), 0.0), 0)
-        threshold = tl.where(visible, tl.maximum(threshold + step, bound), threshold)
-        passes += 1
-    tl.store(tile_list, count)
-    tl.store(state, threshold, mask=rows < T)
+                    step = _step_between(total, total_slope, tl.sum(mass_ahead, 1), tl.sum(slopes_ahead, 1), ahead)
+                else:
+                    step = newton_step(total, total_slope, e, ALPHA)
+                residual = tl.max(tl.where(visible, tl.abs(total - 1.0), 0.0), 0)
+                threshold = tl.where(visible, tl.maximum(threshold + step, bound), threshold)
+                passes += 1
+            tl.store(tile_list, count)
+            tl.store(state, threshold, mask=rows < T)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -156,82 +177,100 @@ def _output_kernel(
     sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_words, scaling, alpha_value, first_head,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
+    SLOPES: tl.constexpr = slopes_ptr is not None
     n_row_tiles = tl.num_programs(0)
     tile_row = n_row_tiles - 1 - tl.program_id(0)
     bh = first_head + tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    if has_other_launch(slopes_ptr, h, BIASED):
-        return
-    rows = tile_row * TILE + tl.arange(0, TILE)
-    q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
-    state = state_ptr + (bh * T + rows) * 2
-    threshold = tl.load(state, mask=rows < T, other=NOTHING)
-    visible = threshold < NOTHING
-    first_ptr += b * interval_stride
-    last_ptr += b * interval_stride
-    e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
-    ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
-    slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
-    words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
-    inner_begin = tl.load(words + n_words)
-    inner_end = tl.load(words + n_words + 1)
-    tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * (n_key_tiles + 1)
-    count = tl.load(tile_list)
-    k_base = k_ptr + b * skb + h // GROUP * skh
-    v_base = v_ptr + b * svb + h // GROUP * svh
-    ones = tl.full((TILE,), 1.0, tl.float32)
+    has_slope = False
+    if SLOPES:
+        has_slope = tl.load(slopes_ptr + h) != 0.0
+    for BIASED in tl.static_range(1 + SLOPES):
+        if has_slope == BIASED:
+            rows = tile_row * TILE + tl.arange(0, TILE)
+            q = load_tile(q_ptr + b * sqb + h * sqh, tile_row * TILE, sqt, T, DIM, BLOCK_DIM, TILE)
+            state = state_ptr + (bh * T + rows) * 2
+            threshold = tl.load(state, mask=rows < T, other=NOTHING)
+            visible = threshold < NOTHING
+            first_ptr += b * interval_stride
+            last_ptr += b * interval_stride
+            e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
+            ce = load_row_scale(scale_ptr, bh * T, rows, T, scaling, TILE) * e
+            slope, origin = load_bias(slopes_ptr, last_ptr, h, e, tile_row, TILE, BIASED)
+            words = tiles_ptr + (bh * n_row_tiles + tile_row) * (n_words + 2)
+            inner_begin = tl.load(words + n_words)
+            inner_end = tl.load(words + n_words + 1)
+            tile_list = list_ptr + (tl.program_id(1).to(tl.int64) * n_row_tiles + tile_row) * (n_key_tiles + 1)
+            count = tl.load(tile_list)
+            k_base = k_ptr + b * skb + h // GROUP * skh
+            v_base = v_ptr + b * svb + h // GROUP * svh
+            ones = tl.full((TILE,), 1.0, tl.float32)
 
-    # The output at this threshold, and what it is off by: a step of first order mends a small error, and a larger one
-    # (of a row in thousands) is done again.
-    acc = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
-    mean = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
-    mass = tl.zeros((TILE,), tl.float32)
-    slopes = tl.zeros((TILE,), tl.float32)
-    step = tl.zeros((TILE,), tl.float32)
-    residual = 1.0
-    for _ in range(0, 2):
-        if residual > MENDABLE:
-            threshold += step
+            # The output at this threshold, and what it is off by: a step of first order mends a small error, and a
+            # larger one (of a row in thousands) is done again.
             acc = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
             mean = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
             mass = tl.zeros((TILE,), tl.float32)
             slopes = tl.zeros((TILE,), tl.float32)
-            for i in range(0, count):
-                j = tl.load(tile_list + 1 + i)
-                k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
-                v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
-                partial = (j < inner_begin) | (j >= inner_end)
-                y = excess(
-                    q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE, BIASED
-                )
-                p, g = weights(y, e, ALPHA, EXACT)
-                mass += tl.sum(p, 1)
-                slopes += tl.sum(g, 1)
-                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-                mean = tl.dot(g.to(v.dtype), v, mean, input_precision="ieee")
-            step = tl.where(visible, newton_step(mass, slopes, e, ALPHA), 0.0)
-            residual = tl.max(tl.abs(step), 0)
+            step = tl.zeros((TILE,), tl.float32)
+            residual = 1.0
+            for _ in range(0, 2):
+                if residual > MENDABLE:
+                    threshold += step
+                    acc = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
+                    mean = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
+                    mass = tl.zeros((TILE,), tl.float32)
+                    slopes = tl.zeros((TILE,), tl.float32)
+                    for i in range(0, count):
+                        j = tl.load(tile_list + 1 + i)
+                        k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
+                        v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
+                        partial = (j < inner_begin) | (j >= inner_end)
+                        y = excess(
+                            q,
+                            k,
+                            j,
+                            ce,
+                            ones,
+                            threshold,
+                            slope,
+                            origin,
+                            partial,
+                            first_ptr,
+                            last_ptr,
+                            rows,
+                            T,
+                            TILE,
+                            BIASED,
+                        )
+                        p, g = weights(y, e, ALPHA, EXACT)
+                        mass += tl.sum(p, 1)
+                        slopes += tl.sum(g, 1)
+                        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+                        mean = tl.dot(g.to(v.dtype), v, mean, input_precision="ieee")
+                    step = tl.where(visible, newton_step(mass, slopes, e, ALPHA), 0.0)
+                    residual = tl.max(tl.abs(step), 0)
 
-    threshold += step
-    mass -= step / e * slopes
-    acc -= (step / e)[:, None] * mean
-    mass = tl.where(mass > 0.0, mass, 1.0)
-    out_base = bh * T * DIM_V
-    store_tile(out_ptr + out_base, acc / mass[:, None], tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
-    if mean_ptr is not None:
-        mean = mean / tl.where(slopes > 0.0, slopes, 1.0)[:, None]
-        store_tile(mean_ptr + out_base, mean, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
-    # For the backward: the factor that brings the mass to 1, and the threshold with it.
-    log_mass = tl.log(mass)
-    norm = tl.exp(-e * log_mass)
-    threshold = threshold * norm
-    if ALPHA == 0:  # (1 + y) norm = 1 + y'
-        a = e * log_mass
-        threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)
-    tl.store(state, tl.where(visible, threshold, NOTHING), mask=rows < T)
-    tl.store(state + 1, tl.where(visible, norm, 0.0), mask=rows < T)
+            threshold += step
+            mass -= step / e * slopes
+            acc -= (step / e)[:, None] * mean
+            mass = tl.where(mass > 0.0, mass, 1.0)
+            out_base = bh * T * DIM_V
+            store_tile(out_ptr + out_base, acc / mass[:, None], tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
+            if mean_ptr is not None:
+                mean = mean / tl.where(slopes > 0.0, slopes, 1.0)[:, None]
+                store_tile(mean_ptr + out_base, mean, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
+            # For the backward: the factor that brings the mass to 1, and the threshold with it.
+            log_mass = tl.log(mass)
+            norm = tl.exp(-e * log_mass)
+            threshold = threshold * norm
+            if ALPHA == 0:  # (1 + y) norm = 1 + y'
+                a = e * log_mass
+                threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)
+            tl.store(state, tl.where(visible, threshold, NOTHING), mask=rows < T)
+            tl.store(state + 1, tl.where(visible, norm, 0.0), mask=rows < T)
 
 
 def kernel_forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -254,15 +293,12 @@ def kernel_forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor
     sizes = (T, x.key.shape[2], H, x.group, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value)
     for first_head in range(0, B * H, x.heads_at_once):
         grid = (x.n_row_tiles, min(x.heads_at_once, B * H - first_head))
-        for biased in x.biased:
-            launch(
-                _solve_kernel, grid, _SOLVE, x.constants() | {"BIASED": biased},
-                x.query, x.key, *rows, *strides[:6], *intervals, *sizes, x.tolerance, first_head,
-            )  # fmt: skip
-        for biased in x.biased:
-            launch(
-                _output_kernel, grid, _OUTPUT if x.widest <= 64 else _OUTPUT[1:],
-                x.constants(value=True) | {"BIASED": biased},
-                x.query, x.key, x.value, out, mean, *rows, *strides, *intervals, *sizes, first_head,
-            )  # fmt: skip
+        launch(
+            _solve_kernel, grid, _SOLVE if x.widest <= 64 else _SOLVE[1:], x.constants(),
+            x.query, x.key, *rows, *strides[:6], *intervals, *sizes, x.tolerance, first_head,
+        )  # fmt: skip
+        launch(
+            _output_kernel, grid, _OUTPUT if x.widest <= 64 else _OUTPUT[1:], x.constants(value=True),
+            x.query, x.key, x.value, out, mean, *rows, *strides, *intervals, *sizes, first_head,
+        )  # fmt: skip
     return out, state, mean, tiles

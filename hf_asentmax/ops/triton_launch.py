@@ -119,11 +119,6 @@ class Problem:
         """How far from 1 a row's mass may be before the step to its threshold; the last pass checks what that left."""
         return 1.0 if self.query.dtype != torch.float32 and self.alpha is None and self.alpha_value == 1.5 else 1e-3
 
-    @property
-    def biased(self) -> tuple[bool, ...]:
-        """Heads with a slope and heads without one have a launch each: the latter then cost what they cost alone."""
-        return (False,) if self.slopes is None else (False, True)
-
     def constants(self, value: bool = False) -> dict[str, Any]:
         """The constants of a kernel, those of the values too if asked for."""
         dim, dim_v = self.query.shape[-1], self.value.shape[-1]

@@ -462,14 +462,14 @@ def test_launch_goes_on_to_the_first_configuration_that_fits(
     monkeypatch.setattr(triton_launch, "_fitting", {})
     kernel = StandIn(most_stages)
     for _ in range(2):
-        launch(kernel, (5, 7), CONFIGS, {"DIM": 64}, torch.zeros(1))
-    tried = [(8, 3, (3, 7)), (4, 2, (5, 7)), (4, 1, (5, 7))][: fits + 1]
+        launch(kernel, (5, 7), CONFIGS, {"DIM": 64}, (), torch.zeros(1))
+    tried = [(8, 3, (3, 7, 1)), (4, 2, (5, 7, 1)), (4, 1, (5, 7, 1))][: fits + 1]
     assert kernel.tried == [*tried, tried[-1]]  # the second launch starts with the one that fitted
-    launch(kernel, (5, 7), CONFIGS, {"DIM": 128}, torch.zeros(1))
+    launch(kernel, (5, 7), CONFIGS, {"DIM": 128}, (), torch.zeros(1))
     assert kernel.tried[len(tried) + 1] == tried[0]  # another problem, another choice
 
 
 def test_launch_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "_fitting", {})
     with pytest.raises(RuntimeError, match=r"must be .*shared memory.*'DIM': 256.*float32.*232448.*; use"):
-        launch(StandIn(0), (5, 7), CONFIGS, {"DIM": 256}, torch.zeros(1))
+        launch(StandIn(0), (5, 7), CONFIGS, {"DIM": 256}, (), torch.zeros(1))

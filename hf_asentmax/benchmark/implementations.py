@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -82,6 +83,7 @@ def causal_block_mask(tokens: int, device: torch.device) -> BlockMask:
 
 def _flex(case: Case, device: torch.device) -> Attention:
     torch._dynamo.reset()  # else its limit of recompilations falls on the ninth shape of a sweep
+    functorch_config.donated_buffer = False  # a backward is timed several times for one forward
     slopes = case.slopes(device)
     bias = None if slopes is None else lambda score, b, h, q, k: score - slopes[h] * (q - k)
     mask = causal_block_mask(case.tokens, device)

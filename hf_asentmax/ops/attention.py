@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .intervals import key_intervals
-from .operators import call
+from .operators import attend, call
 from .softmax import softmax_attention, takes_softmax
 
 MIN_ALPHA, MAX_ALPHA = 1.0, 2.0
@@ -169,12 +169,7 @@ def attention_from_intervals(
             alibi_slopes=alibi_slopes,
             is_causal=is_causal,
         )
-    leaves = (query, key, value, query_scale, tensor)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    out: Tensor = call("entmax_attention")(
-        query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling, differentiable
-    )[0]
-    return out
+    return attend(query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling)
 
 
 def entmax_attention(

@@ -31,6 +31,9 @@ def key_intervals(
 ) -> tuple[Tensor, Tensor]:
     """``first`` and ``last``, int32 (B or 1, T), of the keys that each query may see. The arguments are those of
     :func:`hf_asentmax.entmax_attention`, which checks them; nothing here reads a tensor's value."""
+    if is_causal and all(x is None for x in (window, query_offset, key_start, key_length, cu_seqlens)):
+        last = torch.arange(kv_length - q_length + 1, kv_length + 1, dtype=torch.int32, device=device)[None]
+        return torch.zeros_like(last), last
     offset = kv_length - q_length if query_offset is None else query_offset
     if isinstance(offset, Tensor):
         offset = offset.reshape(-1, 1).to(device)

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import reference
 
 OP_NAMESPACE = "hf_asentmax"
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def uses_kernels(query: Tensor, alpha: Tensor | None, alpha_value: float) -> bool:
     """Whether the kernels serve these arguments. Softmax is not theirs, nor is float64."""
     softmax = alpha is None and alpha_value == 1.0
-    return query.is_cuda and query.dtype != torch.float64 and not softmax and find_spec("triton") is not None
+    return query.is_cuda and query.dtype != torch.float64 and not softmax and _HAS_TRITON
 
 
 def _alpha_for_rows(alpha: Tensor | None, alpha_value: float, dtype: torch.dtype) -> reference.Alpha:
@@ -136,6 +137,8 @@ def _attention_backward(
 
 def _laid_out(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient in the dtype and with the strides that ``torch.empty_like(x)`` has: what the fake promises."""
+    if gradient.dtype == x.dtype and gradient.stride() == x.stride():  # itself of empty_like: x is dense
+        return gradient
     layout = torch.empty_like(x, device="meta")
     if gradient.dtype == x.dtype and gradient.stride() == layout.stride():
         return gradient
@@ -164,7 +167,11 @@ def _attention_autograd(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
         return (None,) * 11
     query, key, value, first, last, query_scale, alibi_slopes, alpha, *saved = ctx.saved_tensors
     alpha_grad = alpha is not None and ctx.needs_input_grad[7]
-    dq, dk, dv, dr, dalpha = call("entmax_attention_backward")(
+    twice = torch.is_grad_enabled()  # the operator says that it has no second derivative
+    name = "entmax_attention_backward"
+    dq, dk, dv, dr, dalpha = _run(
+        name,
+        call(name) if twice else _attention_backward,
         grad_out,
         query,
         key,
@@ -183,6 +190,41 @@ def _attention_autograd(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
         dalpha = (dalpha.sum() if alpha.dim() == 0 else dalpha).to(alpha.dtype)
     dr, dalpha = dr if query_scale is not None else None, dalpha if alpha_grad else None
     return dq, dk, dv, None, None, dr, None, dalpha, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without its name, for :func:`_run`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _attention(*inputs)
+        _attention_context(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(_attention_autograd)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    query_scale: Tensor | None,
+    alibi_slopes: Tensor | None,
+    alpha: Tensor | None,
+    alpha_value: float,
+    scaling: float,
+) -> Tensor:
+    """Entmax attention of arguments that :func:`hf_asentmax.ops.attention.attention_from_intervals` has checked."""
+    tensors = (query, key, value, first, last, query_scale, alibi_slopes, alpha)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+    def eager(*arguments) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
+        return (_Attention.apply(*arguments),) if differentiable else _attention(*arguments)[:1]
+
+    out: Tensor = _run("entmax_attention", eager, *tensors, alpha_value, scaling, differentiable)[0]
+    return out
 
 
 def _entmax(scores: Tensor, alpha: Tensor | None, alpha_value: float) -> Tensor:
@@ -226,6 +268,21 @@ def _entmax_autograd(ctx, grad):  # type: ignore[no-untyped-def]
 def call(name: str):  # type: ignore[no-untyped-def]
     """The registered operator of that name."""
     return getattr(getattr(torch.ops, OP_NAMESPACE), name)
+
+
+def _run(name: str, eager, *arguments):  # type: ignore[no-untyped-def]
+    """The operator of that name, or ``eager`` in its place where nothing traces, transforms or watches operators: the
+    dispatcher's layers of Python take longer than short attention does on a GPU."""
+    plain = (Tensor, torch.nn.Parameter)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(isinstance(x, Tensor) and type(x) not in plain for x in arguments)
+    ):
+        return call(name)(*arguments)
+    return eager(*arguments)
 
 
 def define(name: str, function, fake, autograd=None, context=None) -> None:  # type: ignore[no-untyped-def]

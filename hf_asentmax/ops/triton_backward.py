@@ -33,7 +33,7 @@ from .triton_common import (
     store_tile,
     weights,
 )
-from .triton_launch import SIZES, Config, Problem, launch
+from .triton_launch import SIZES, Config, Problem, kind, launch
 
 # The first for narrow heads.
 _QUERIES = (Config(4, 3, {}, 168), Config(4, 2), Config(4, 1))
@@ -220,6 +220,7 @@ def kernel_backward(
         return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    variant = (kind(grad_out, dq, dk, dv, dalpha), x.variant)
     strides = [s for t in (x.query, x.key, x.value, grad_out) for s in t.stride()[:3]]
     tile_list = torch.empty(x.heads_at_once * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)
     for first_head in range(0, B * H, x.heads_at_once):
@@ -229,6 +230,7 @@ def kernel_backward(
             (x.n_row_tiles, heads),
             _QUERIES if x.widest <= 64 else _QUERIES[1:],
             x.constants(value=True),
+            variant,
             x.query, x.key, x.value, grad_out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
             dq, dr, dalpha, delta, tile_list,
             *strides, *dq.stride()[:3], x.interval_stride, x.alpha_stride,
@@ -244,6 +246,7 @@ def kernel_backward(
             (x.n_key_tiles, heads),
             _KEYS if x.widest <= 64 else _KEYS[1:],
             x.constants(value=True),
+            variant,
             x.query, x.key, x.value, grad_out, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,
             dk, dv, delta, tile_list,
             *strides, *dk.stride()[:3], *dv.stride()[:3], x.interval_stride, x.alpha_stride,

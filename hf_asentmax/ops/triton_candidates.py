@@ -32,7 +32,7 @@ from .triton_common import (
     newton_step,
     weights,
 )
-from .triton_launch import SIZES, Config, Problem, launch
+from .triton_launch import SIZES, Config, Problem, kind, launch
 
 # Wide blocks of queries load each key tile least often; with a slope there are few tiles, and latency counts instead.
 # A class is a part of what one thread holds (see ``partial_sum``): of a step in float32, one key.
@@ -188,6 +188,7 @@ def mark_candidates(problem: Problem, state: Tensor, tiles: Tensor) -> None:
             (x.n_row_tiles, B * H),
             _CANDIDATES_FLOAT32 if x.query.dtype == torch.float32 else configs,
             x.constants() | {"BIASED": biased},
+            (kind(query), x.variant),
             query, x.key, x.first, x.last, x.query_scale, x.slopes, norms, x.alpha, state, tiles,
             *query.stride()[:3], *x.key.stride()[:3], x.interval_stride, x.alpha_stride,
             T, x.key.shape[2], H, x.group, x.n_row_tiles, x.n_key_tiles, x.n_words, x.scaling, x.alpha_value,
@@ -200,5 +201,5 @@ def _key_norms(x: Problem) -> Tensor:
     norms = torch.empty(B, heads_kv, x.n_key_tiles, dtype=torch.float32, device=x.key.device)
     constants = {k: v for k, v in x.constants().items() if k in ("TILE", "DIM", "BLOCK_DIM")}
     arguments = (x.key, norms, *x.key.stride()[:3], x.key.shape[2], heads_kv)
-    launch(_norms_kernel, (x.n_key_tiles, B * heads_kv), _NORMS, constants, *arguments)
+    launch(_norms_kernel, (x.n_key_tiles, B * heads_kv), _NORMS, constants, x.variant, *arguments)
     return norms.cummax(-1).values

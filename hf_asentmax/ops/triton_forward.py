@@ -294,11 +294,19 @@ def kernel_forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor
     for first_head in range(0, B * H, x.heads_at_once):
         grid = (x.n_row_tiles, min(x.heads_at_once, B * H - first_head))
         launch(
-            _solve_kernel, grid, _SOLVE if x.widest <= 64 else _SOLVE[1:], x.constants(),
+            _solve_kernel,
+            grid,
+            _SOLVE if x.widest <= 64 else _SOLVE[1:],
+            x.constants(),
+            x.variant,
             x.query, x.key, *rows, *strides[:6], *intervals, *sizes, x.tolerance, first_head,
         )  # fmt: skip
         launch(
-            _output_kernel, grid, _OUTPUT if x.widest <= 64 else _OUTPUT[1:], x.constants(value=True),
+            _output_kernel,
+            grid,
+            _OUTPUT if x.widest <= 64 else _OUTPUT[1:],
+            x.constants(value=True),
+            (save, x.variant),
             x.query, x.key, x.value, out, mean, *rows, *strides, *intervals, *sizes, first_head,
         )  # fmt: skip
     return out, state, mean, tiles

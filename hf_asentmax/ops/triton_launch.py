@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 LARGEST_HEAD_DIM = 256
@@ -31,20 +32,36 @@ class Config(NamedTuple):
     maxnreg: int | None = None  # registers of a thread, where the compiler's choice lets too few programs run at once
 
 
+# What was compiled for a kernel, its constants and variant, with its configuration; and which configurations fit.
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, Config]] = {}
 _fitting: dict[tuple[Any, ...], int] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, int], configs: Sequence[Config], constants: dict[str, Any], *arguments: Any
+    kernel: Any,
+    grid: tuple[int, int],
+    configs: Sequence[Config],
+    constants: dict[str, Any],
+    variant: tuple[Any, ...],
+    *arguments: Any,
 ) -> None:
     """Launch with the first of ``configs`` that fits this device's shared memory. ``grid``: (tiles, heads); a program
-    takes ROWS tiles where the configuration says so."""
+    takes ROWS tiles where the configuration says so. ``variant`` holds all else that Triton compiles anew for (see
+    :func:`kind`): to ask Triton takes longer than the kernels of a short sequence."""
     dtype, device = arguments[0].dtype, arguments[0].device
-    key = (kernel.__name__, device, dtype, *constants.values())
-    for i in range(_fitting.get(key, 0), len(configs)):
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, configs, constants, variant, *arguments)
+        return
+    kernel_key = (kernel.__name__, device, dtype, *constants.values())
+    if known := _compiled.get((kernel_key, variant)):
+        compiled, config = known
+        compiled[_programs(grid, config)](*arguments, *constants.values(), *config.constants.values())
+        return
+    for i in range(_fitting.get(kernel_key, 0), len(configs)):
         config = configs[i]
         try:
-            kernel[triton.cdiv(grid[0], config.constants.get("ROWS", 1)), grid[1]](
+            compiled = kernel[_programs(grid, config)](
                 *arguments,
                 **constants,
                 **config.constants,
@@ -59,8 +76,26 @@ def launch(
                 f"head dim must be at most what this device's shared memory holds, got {constants} in {dtype} "
                 f"({error}); use 16-bit inputs or a smaller head dim"
             ) from error
-        _fitting[key] = i
+        _fitting[kernel_key] = i
+        if isinstance(compiled, CompiledKernel):  # not in the interpreter
+            _compiled[kernel_key, variant] = compiled, config
         return
+
+
+def _programs(grid: tuple[int, int], config: Config) -> tuple[int, int, int]:
+    return _cdiv(grid[0], config.constants.get("ROWS", 1)), grid[1], 1
+
+
+def kind(*arguments: Any) -> tuple[Any, ...]:
+    """What Triton compiles anew for: whether a tensor is there, its dtype, its alignment and that of its strides."""
+    kinds: list[Any] = []
+    for x in arguments:
+        if x is None:
+            kinds.append(None)
+        else:
+            kinds += x.dtype, x.data_ptr() % 16 == 0
+            kinds += [(s % 16 == 0, s == 1, s.bit_length() > 31) for s in x.stride()[:3]]
+    return tuple(kinds)
 
 
 @dataclass
@@ -105,13 +140,16 @@ class Problem:
         self.alpha_stride = 0 if self.alpha is None or self.alpha.dim() == 0 else 1
         self.widest = max(self.query.shape[-1], self.value.shape[-1])
         self.tile = _tile(self.query.dtype)
-        self.n_key_tiles = triton.cdiv(self.key.shape[2], self.tile)
+        self.n_key_tiles = _cdiv(self.key.shape[2], self.tile)
         self.tiles_shape = tiles_shape(self.query, self.key)
         *_, self.n_row_tiles, row_words = self.tiles_shape
         self.n_words = row_words - 2
         heads = self.query.shape[0] * self.query.shape[1]
         if heads > _MOST_HEADS:
             raise ValueError(f"batch times heads must be at most {_MOST_HEADS} on a GPU, got {heads}; split the batch")
+        self.variant = kind(
+            self.query, self.key, self.value, self.first, self.last, self.query_scale, self.slopes, self.alpha
+        )
         self.heads_at_once = max(1, min(heads, _LISTS_AT_ONCE // max(1, self.n_row_tiles * self.n_key_tiles)))
 
     @property
@@ -133,8 +171,13 @@ class Problem:
         return constants | {"DIM_V": dim_v, "BLOCK_DIM_V": _padded(dim_v)} if value else constants
 
 
+def _cdiv(a: int, b: int) -> int:  # triton's own takes microseconds
+    return -(-a // b)
+
+
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    """The next power of 2, at least 16."""
+    return 1 << max(4, (dim - 1).bit_length())
 
 
 def _tile(dtype: torch.dtype) -> int:
@@ -146,4 +189,4 @@ def tiles_shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     """Shape of the int32 ``tiles`` of ``triton_common.py``: (B, H, query tiles, words of key tiles + 2)."""
     tile = _tile(query.dtype)
     batch, heads, length = query.shape[:3]
-    return batch, heads, triton.cdiv(length, tile), triton.cdiv(triton.cdiv(key.shape[2], tile), 32) + 2
+    return batch, heads, _cdiv(length, tile), _cdiv(_cdiv(key.shape[2], tile), 32) + 2

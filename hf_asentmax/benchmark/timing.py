@@ -97,9 +97,14 @@ def graph_times(function: Callable[[], object], device: torch.device) -> list[fl
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        function()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            function()
+    except Exception:
+        # A capture that fails leaves the allocator within it, where it returns no memory to the device.
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     return sample(graph.replay, device)
 
 

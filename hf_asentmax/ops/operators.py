@@ -271,15 +271,15 @@ def call(name: str):  # type: ignore[no-untyped-def]
 
 
 def _run(name: str, eager, *arguments):  # type: ignore[no-untyped-def]
-    """The operator of that name, or ``eager`` in its place where nothing traces, transforms or watches operators: the
-    dispatcher's layers of Python take longer than short attention does on a GPU."""
+    """The operator of that name, or ``eager`` in its place where nothing traces, transforms or watches operators and
+    tensors have storage: the dispatcher's layers of Python take longer than short attention does on a GPU."""
     plain = (Tensor, torch.nn.Parameter)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or any(isinstance(x, Tensor) and type(x) not in plain for x in arguments)
+        or any(isinstance(x, Tensor) and (type(x) not in plain or x.is_meta) for x in arguments)
     ):
         return call(name)(*arguments)
     return eager(*arguments)

@@ -11,6 +11,7 @@ from .configuration_asentmax import (
     ASEntmaxQwen3Config,
     ASEntmaxSmolLM3Config,
 )
+from .methods import METHODS
 from .modeling_asentmax import (
     ASEntmaxLlamaForCausalLM,
     ASEntmaxLlamaForSequenceClassification,
@@ -43,6 +44,7 @@ except PackageNotFoundError:  # used from a source tree that isn't installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "METHODS",
     "ASEntmaxConfig",
     "ASEntmaxForCausalLM",
     "ASEntmaxLlamaConfig",

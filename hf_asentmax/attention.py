@@ -7,6 +7,7 @@ The mask function returns no mask of T x N entries but the interval of keys that
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .ops import reference
 from .ops.attention import attention_from_intervals, check_documents
+from .ops.baselines import adaptive_temperature_from_intervals, tempered_softmax, topk_from_intervals, topk_softmax
 from .ops.intervals import document_starts
 from .positions import alibi_slopes
 from .scaling import QueryScale
@@ -213,16 +215,22 @@ class ASEntmaxMixin(nn.Module):
         if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
             query, key = query.to(value.dtype), key.to(value.dtype)
         first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
-        out = (
-            attention_from_intervals(
-                query, key, value, first, last, alpha=alpha, scaling=scaling, query_scale=scale, alibi_slopes=slopes
-            )
-            .transpose(1, 2)
-            .contiguous()
-        )
+        tensors = (query, key, value, first, last)
+        settings: dict[str, Any] = {"scaling": scaling, "query_scale": scale, "alibi_slopes": slopes}
+        top_k = self.config.attention_top_k
+        weights: float | Tensor | Callable[[Tensor], Tensor] = alpha
+        if top_k is not None:
+            out = topk_from_intervals(*tensors, k=top_k, **settings)
+            weights = partial(topk_softmax, k=top_k)
+        elif self.config.adaptive_temperature and not self.training:
+            out = adaptive_temperature_from_intervals(*tensors, **settings)
+            weights = tempered_softmax
+        else:
+            out = attention_from_intervals(*tensors, alpha=alpha, **settings)
+        out = out.transpose(1, 2).contiguous()
         if not output_attentions:
             return out, None
-        return out, _dense_weights(query, key, first, last, scale, slopes, alpha, scaling)
+        return out, _dense_weights(query, key, first, last, scale, slopes, weights, scaling)
 
 
 def _dense_weights(
@@ -232,20 +240,21 @@ def _dense_weights(
     last: Tensor,
     scale: Tensor | None,
     slopes: Tensor | None,
-    alpha: float | Tensor,
+    weights: float | Tensor | Callable[[Tensor], Tensor],
     scaling: float,
 ) -> Tensor:
+    """The map (B, H, T, N), of entmax by its alpha, of others by what turns scores into weights."""
     elements = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     if elements > MAX_DENSE_WEIGHTS:
         raise ValueError(
             f"output_attentions must ask for at most {MAX_DENSE_WEIGHTS} weights a layer "
             f"(batch x heads x queries x keys), got {elements}; use shorter inputs or a smaller batch"
         )
-    if isinstance(alpha, Tensor):
-        alpha = alpha.reshape(-1, 1, 1)
+    if isinstance(weights, Tensor):
+        weights = weights.reshape(-1, 1, 1)
     with torch.no_grad():
-        weights = reference.attention_weights(query, key, first, last, scale, slopes, alpha, scaling)
-    return weights.to(query.dtype)
+        dense = reference.attention_weights(query, key, first, last, scale, slopes, weights, scaling)
+    return dense.to(query.dtype)
 
 
 def _check_intervals(attention_mask: Tensor | None, like: Tensor) -> Tensor:

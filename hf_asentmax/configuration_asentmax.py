@@ -41,6 +41,11 @@ class ASEntmaxConfigMixin:
         query_scale_delta: the constant part of r; 1 from scratch, 1 - ln 2 for r = 1 at the start of a converted model.
         query_scale_gamma_range: c, the bound of the exponent of log n.
         query_scale_length: the training length at which SSMax starts with r = 1; ``max_position_embeddings`` if None.
+        attention_top_k: softmax over the so many largest scores of each query; None for all. Needs ``entmax_alpha`` 1.
+        adaptive_temperature: softmax that sharpens where a query's weights spread, in eval mode only: it has no
+            gradient (arXiv 2410.01104). Needs ``entmax_alpha`` 1.
+
+    Each method of the papers is a choice of these values: :data:`hf_asentmax.METHODS`.
 
     Reference: arXiv 2506.16640.
     """
@@ -52,6 +57,8 @@ class ASEntmaxConfigMixin:
     query_scale_delta: float | int = 1.0
     query_scale_gamma_range: float | int = 2.0
     query_scale_length: int | None = None
+    attention_top_k: int | None = None
+    adaptive_temperature: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -69,8 +76,17 @@ class ASEntmaxConfigMixin:
         for name in ("query_scale_delta", "query_scale_gamma_range"):
             if not _is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}; try the default")
-        if not isinstance(self.entmax_alpha_learned, bool):
-            raise ValueError(f"entmax_alpha_learned must be True or False, got {self.entmax_alpha_learned!r}")
+        for name in ("entmax_alpha_learned", "adaptive_temperature"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        k = self.attention_top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f"attention_top_k must be a positive number of keys or None, got {k!r}; try 64")
+        if k is not None and self.adaptive_temperature:
+            raise ValueError(f"attention_top_k must be None with adaptive_temperature, got {k!r}; choose one of them")
+        if (k is not None or self.adaptive_temperature) and (alpha != 1.0 or self.entmax_alpha_learned):
+            what = "attention_top_k" if k is not None else "adaptive_temperature"
+            raise ValueError(f"entmax_alpha must be 1, not learned, with {what}, which is softmax; got {alpha!r}")
         if self.entmax_alpha_learned and not low < alpha < high:
             raise ValueError(
                 f"entmax_alpha must start between {low} and {high} where it is learned, got {alpha!r}; start at 1.5"

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from .checkpoints import write_json
+from .methods import METHODS
 from .model_card import write_model_card
 from .patching import patch_model, set_alpha
 from .plots import plot_ladder
@@ -35,10 +36,7 @@ from .retrieval import synthetic_ladder
 from .tasks import IGNORED, MaxRetrieval, render, sample_batch, save_task
 from .training import AlphaSchedule
 
-TWINS: dict[str, dict[str, Any]] = {
-    "softmax": {"alpha": 1.0, "query_scaling": "none"},
-    "asentmax": {"alpha": 1.5, "query_scaling": "adaptive"},
-}
+TWINS = ("softmax", "asentmax")
 UNKNOWN = "<unk>"
 
 
@@ -103,7 +101,7 @@ def build_twin(method: str, args: DemoArguments) -> PreTrainedModel:
     )
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return patch_model(model, positions="nape", **TWINS[method])
+    return patch_model(model, method=method, positions="nape")
 
 
 def train_twin(method: str, args: DemoArguments) -> tuple[PreTrainedModel, float]:
@@ -117,7 +115,7 @@ def train_twin(method: str, args: DemoArguments) -> tuple[PreTrainedModel, float
         The model, and its mean loss in nats over the last twentieth of the steps.
     """
     task, model = _task(args), build_twin(method, args)
-    target = TWINS[method]["alpha"]
+    target = METHODS[method]["entmax_alpha"]
     alpha = AlphaSchedule(target, start=1.0, fraction=args.alpha_fraction)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = max(1, args.steps // 10)

@@ -29,6 +29,8 @@ _SETTINGS = (
     ("model_type", "model type"),
     ("entmax_alpha", "alpha (1 is softmax, 2 is sparsemax)"),
     ("entmax_alpha_learned", "alpha learned per head"),
+    ("attention_top_k", "keys of a query (top-k softmax)"),
+    ("adaptive_temperature", "temperature from the entropy of a query's weights"),
     ("query_scaling", "query scale r"),
     ("query_scale_delta", "delta"),
     ("query_scale_gamma_range", "c (range of the exponent)"),
@@ -145,7 +147,7 @@ def render_model_card(
         tags=list(TAGS),
     )
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
-    settings = [(label, config[key]) for key, label in _SETTINGS if config.get(key) is not None]
+    settings = [(label, config[key]) for key, label in _SETTINGS if config.get(key) not in (None, False)]
     card = ModelCard.from_template(
         card_data,
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
 from .configuration_asentmax import CONFIG_CLASSES, ASEntmaxConfigMixin
+from .methods import method_settings
 from .model_mixin import PATCH_RECORD, ASEntmaxModelMixin, swap_classes
 from .scaling import NEUTRAL_DELTA, QueryScale
 
@@ -31,10 +32,12 @@ class Patch:
 def patch_model(
     model: PreTrainedModel,
     *,
-    alpha: float = 1.5,
-    query_scaling: str = "adaptive",
+    method: str = "asentmax",
+    alpha: float | None = None,
+    query_scaling: str | None = None,
     positions: str = "rope",
-    alpha_learned: bool = False,
+    alpha_learned: bool | None = None,
+    attention_top_k: int | None = None,
     query_scale_delta: float | None = None,
     query_scale_gamma_range: float = 2.0,
     query_scale_length: int | None = None,
@@ -47,10 +50,12 @@ def patch_model(
     Args:
         model: a Transformers causal LM, base model or sequence classifier of a supported family. Patch the outermost
             model, since an unpatched one around it would not save as ASEntmax; patch before adapters are added.
+        method: a key of :data:`hf_asentmax.METHODS`, whose values hold where the next arguments are left out.
         alpha: from 1 (softmax) to 2 (sparsemax).
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax).
         positions: "rope" keeps the family's own; "nope", "alibi" or "nape" replace them (and need training).
         alpha_learned: learn one alpha a head, starting from ``alpha``.
+        attention_top_k: softmax over so many keys a query.
         query_scale_delta: the constant part of r; by default 1 - ln 2, so that r = 1 everywhere at the start.
         query_scale_gamma_range: bound of the exponent of log n.
         query_scale_length: the length at which "log" starts with r = 1; the model's context length by default.
@@ -64,10 +69,14 @@ def patch_model(
     Reference: arXiv 2506.16640.
     """
     attentions = _check_patchable(model)
-    settings = {
+    given = {
         "entmax_alpha": alpha,
         "entmax_alpha_learned": alpha_learned,
         "query_scaling": query_scaling,
+        "attention_top_k": attention_top_k,
+    }
+    settings = method_settings(method) | {name: value for name, value in given.items() if value is not None}
+    settings |= {
         "positions": positions,
         "query_scale_delta": NEUTRAL_DELTA if query_scale_delta is None else query_scale_delta,
         "query_scale_gamma_range": query_scale_gamma_range,

@@ -21,21 +21,13 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .haystack import Prompt, filler_sentences, needle_prompt, passkey_prompt, read_sentences
+from .methods import method_name
 from .sharding import gathered, is_main, share
 from .tasks import RetrievalTask, sample_batch
 
 SPARE_TOKENS = 8  # generated beyond the answer's own: a newline before it, digits too many after it
 # Beside do_sample what a checkpoint may say about sampling, which would be warned of.
 _GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-_NAMES = {"softmax-none": "softmax", "entmax-none": "entmax", "softmax-log": "ssmax", "entmax-adaptive": "asentmax"}
-
-
-def method_name(config: Any) -> str:
-    """What to call a model's attention: "softmax", "ssmax", "entmax", "asentmax", or such as "entmax-static"."""
-    if not hasattr(config, "entmax_alpha"):
-        return "softmax"
-    name = f"{'softmax' if config.entmax_alpha == 1 else 'entmax'}-{config.query_scaling}"
-    return _NAMES.get(name, name)
 
 
 def wilson_interval(correct: int, samples: int) -> tuple[float, float]:

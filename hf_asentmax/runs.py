@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import claim_output_dir, write_json
+from .methods import METHODS, method_settings
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
 from .positions import POSITIONS
@@ -50,12 +51,12 @@ class RunArguments:
 
     attention: str = _option(
         "asentmax",
-        "'asentmax', or 'softmax' for a twin to compare with: alpha 1 and no query scale throughout.",
-        ("asentmax", "softmax"),
+        "The method: 'asentmax', or one to compare with, such as 'softmax' (alpha 1 and no query scale throughout).",
+        tuple(METHODS),
     )
     query_scaling: str | None = _option(
         None,
-        "Factor of the scores: adaptive (ASEntmax, the default), static, log (SSMax) or none.",
+        "Factor of the scores: adaptive (ASEntmax), static, log (SSMax) or none; by default the method's own.",
         QUERY_SCALINGS,
     )
     positions: str | None = _option(
@@ -65,7 +66,7 @@ class RunArguments:
         POSITIONS,
     )
     alpha: float | None = _option(
-        None, "The alpha to arrive at: 1 is softmax, 2 sparsemax. By default 1.5, or an ASEntmax model's own."
+        None, "The alpha to arrive at: 1 is softmax, 2 sparsemax. By default the method's, or an ASEntmax model's own."
     )
     alpha_start: float | None = _option(
         None, "The alpha to begin with. By default 1 for a softmax model that is converted, else no schedule."
@@ -87,6 +88,19 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.attention == "softmax":
             self.alpha, self.alpha_start, self.query_scaling = 1.0, 1.0, "none"
+        elif self.target_alpha == 1.0:
+            self.alpha_start = 1.0
+        if self.settings["entmax_alpha_learned"] and (self.alpha, self.alpha_start) != (None, None):
+            raise ValueError(f"alpha must be left out where it is learned, got {self.alpha!r}; remove --alpha")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's configuration values."""
+        return method_settings(self.attention)
+
+    @property
+    def target_alpha(self) -> float:
+        return float(self.settings["entmax_alpha"]) if self.alpha is None else self.alpha
 
     def schedule(self, start: float, target: float) -> AlphaSchedule:
         """Alpha's schedule from `start` to `target`, where the arguments don't say otherwise."""
@@ -140,11 +154,12 @@ def load_for_finetuning(
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     if is_asentmax(model):
         return _as_asked(model, run, path)
-    schedule = run.schedule(start=1.0, target=1.5)
+    schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=1.0, target=run.target_alpha)
     patch_model(
         model,
-        alpha=schedule.start,
-        query_scaling=run.query_scaling or "adaptive",
+        method=run.attention,
+        alpha=None if schedule is None else schedule.start,
+        query_scaling=run.query_scaling,
         positions=run.positions or "rope",
     )
     return model, schedule
@@ -173,12 +188,13 @@ def build_from_config(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if is_asentmax(model):
         return _as_asked(model, run, path)
-    alpha = 1.5 if run.alpha is None else run.alpha
-    schedule = run.schedule(start=alpha, target=alpha)
+    learned, alpha = run.settings["entmax_alpha_learned"], run.target_alpha
+    schedule = None if learned else run.schedule(start=alpha, target=alpha)
     patch_model(
         model,
-        alpha=schedule.start,
-        query_scaling=run.query_scaling or "adaptive",
+        method=run.attention,
+        alpha=None if schedule is None else schedule.start,
+        query_scaling=run.query_scaling,
         positions=run.positions or "rope",
         query_scale_delta=1.0,
         query_scale_length=length,

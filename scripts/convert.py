@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_asentmax.conversion import convert_checkpoint
+from hf_asentmax.methods import METHODS
 from hf_asentmax.runs import HelpFormatter
 
 EXAMPLE = """
@@ -27,12 +28,19 @@ class ConvertArguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of a softmax checkpoint: llama, mistral, qwen2/3, smollm3."})
     output_dir: str = field(metadata={"help": "Folder to write: new or empty. It appears when it is whole."})
-    alpha: float = field(
-        default=1.5, metadata={"help": "1 is softmax, 2 sparsemax; the larger, the fewer keys keep a weight."}
+    method: str = field(
+        default="asentmax",
+        metadata={"help": "Decides what the options below leave open.", "choices": list(METHODS)},
     )
-    alpha_learned: bool = field(default=False, metadata={"help": "Learn one alpha a head, starting from --alpha."})
-    query_scaling: str = field(
-        default="adaptive",
+    alpha: float | None = field(
+        default=None, metadata={"help": "1 is softmax, 2 sparsemax; the larger, the fewer keys keep a weight."}
+    )
+    alpha_learned: bool | None = field(
+        default=None, metadata={"help": "Learn one alpha a head, starting from --alpha."}
+    )
+    attention_top_k: int | None = field(default=None, metadata={"help": "Keys that --method top_k keeps a query."})
+    query_scaling: str | None = field(
+        default=None,
         metadata={
             "help": "Factor of the scores: adaptive (ASEntmax), static, log (SSMax) or none.",
             "choices": ["none", "log", "static", "adaptive"],
@@ -66,7 +74,7 @@ def main() -> None:
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     for name, value in settings.items():
-        print(f"{name:<24}{'default' if value is None else value}")
+        print(f"{name:<24}{'of the method' if value is None else value}")
     print(f"\n{'file':<44}{'bytes':>16}")
     for path in sorted(target.iterdir()):
         print(f"{path.name:<44}{path.stat().st_size:>16,}")

@@ -157,7 +157,7 @@ def _plain_softmax(scores: Tensor) -> Tensor:
     return reference._weights(scores - reference._finite_max(scores), 1.0)[0]
 
 
-def _topk_softmax(scores: Tensor, k: int) -> Tensor:
+def topk_softmax(scores: Tensor, k: int) -> Tensor:
     """Over the k largest of each row, of equals the first ones. Overwrites ``scores``."""
     if k < scores.shape[-1]:
         least = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -168,7 +168,7 @@ def _topk_softmax(scores: Tensor, k: int) -> Tensor:
     return _plain_softmax(scores)
 
 
-def _tempered_softmax(scores: Tensor) -> Tensor:
+def tempered_softmax(scores: Tensor) -> Tensor:
     entropy = torch.special.entr(_plain_softmax(scores)).sum(-1, keepdim=True)
     factor = torch.zeros_like(entropy)
     for coefficient in _POLYNOMIAL:
@@ -211,7 +211,7 @@ def _adaptive_temperature(
     alibi_slopes: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    return _attend(_tempered_softmax, query, key, value, first, last, query_scale, alibi_slopes, scaling)
+    return _attend(tempered_softmax, query, key, value, first, last, query_scale, alibi_slopes, scaling)
 
 
 def _topk(
@@ -226,7 +226,7 @@ def _topk(
     scaling: float,
 ) -> Tensor:
     return _attend(
-        lambda scores: _topk_softmax(scores, k), query, key, value, first, last, query_scale, alibi_slopes, scaling
+        lambda scores: topk_softmax(scores, k), query, key, value, first, last, query_scale, alibi_slopes, scaling
     )
 
 
@@ -249,7 +249,7 @@ def _topk_backward(
     dr = query.new_empty(0) if query_scale is None else torch.zeros_like(query_scale)
     for chunk in _row_chunks(query, key, first, last):
         rows, keys = chunk.rows, chunk.keys
-        p = _topk_softmax(chunk.scores(query_scale, alibi_slopes, scaling), k)
+        p = topk_softmax(chunk.scores(query_scale, alibi_slopes, scaling), k)
         grad = chunk.fold(grad_out[:, :, rows].to(dtype))
         dv[:, :, keys] += chunk.fold(p).transpose(-1, -2) @ grad
         ds = chunk.unfold(grad @ value[:, :, keys].to(dtype).transpose(-1, -2))

@@ -20,6 +20,8 @@ Scores, thresholds and sums are float32 for inputs of at most 32 bits and float6
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -280,11 +282,14 @@ def attention_weights(
     last: Tensor,
     query_scale: Tensor | None,
     alibi_slopes: Tensor | None,
-    alpha: Alpha,
+    weights: Alpha | Callable[[Tensor], Tensor],
     scaling: float,
 ) -> Tensor:
-    """The dense map (B, H, T, N) in the compute dtype, exact zeros included. O(T N) memory, no gradient of its own."""
+    """The dense map (B, H, T, N) in the compute dtype, exact zeros included: entmax of an alpha, or what a function
+    makes of the scores. O(T N) memory, no gradient of its own."""
     rows, keys = slice(0, query.shape[2]), slice(0, key.shape[2])
     u = _Rows(query, key, first, last, rows, keys).scores(query_scale, alibi_slopes, scaling)
+    if callable(weights):
+        return weights(u)
     u -= _finite_max(u)
-    return _weights(u - _threshold(u, alpha), alpha)[0]
+    return _weights(u - _threshold(u, weights), weights)[0]

@@ -26,6 +26,7 @@ from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
 from .positions import POSITIONS
 from .scaling import QUERY_SCALINGS
+from .synthetic import TaskStream
 from .training import AlphaSchedule, ASEntmaxTrainer, is_asentmax
 
 # Settings that change nothing about the weights, and the Trainer's arguments that do.
@@ -222,8 +223,8 @@ def _as_asked(model: Any, run: RunArguments, path: str) -> tuple[PreTrainedModel
 
 def run_training(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    train: PackedDataset | PackedStream,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: PackedDataset | PackedStream | TaskStream,
     evaluation: PackedDataset | None,
     args: TrainingArguments,
     run: RunArguments,
@@ -236,8 +237,8 @@ def run_training(
 
     Args:
         model: a causal language model, possibly a PEFT one made by `add_lora`.
-        tokenizer: saved with the model.
-        train: packed rows.
+        tokenizer: saved with the model, where there is one.
+        train: packed rows, or a generated task.
         evaluation: held-out packed rows, evaluated at the end.
         args: the Trainer's arguments; the model is saved to `args.output_dir`.
         run: learning rate of the query scale, and how much of the support to log.

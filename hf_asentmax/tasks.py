@@ -1,6 +1,6 @@
-"""Synthetic retrieval tasks for causal language models, generated on the fly.
+"""Synthetic tasks for causal language models, generated on the fly; those on strings of symbols lie in `symbol_tasks`.
 
-A task turns random numbers into token sequences whose answer stands somewhere in the sequence. Nothing is read from
+A task turns random numbers into token sequences whose answer follows from what stands before it. Nothing is read from
 disk, any length can be asked for, and every batch follows from (task, stream, seed, length, index) alone, so that a run
 can be resumed or repeated. The train, validation and test streams use different seeds: they never share a batch.
 
@@ -15,11 +15,27 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-IGNORED = -100  # the label that the loss of Transformers skips
+from .symbol_tasks import (
+    IGNORED,
+    Copy,
+    FlipFlop,
+    LocalCount,
+    MultiTokenRecall,
+    Reverse,
+    Sort,
+    TwoBack,
+    check_at_least,
+    rand,
+    randint,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 STREAMS = ("train", "validation", "test")
 SETTINGS_FILE = "task.json"
 
@@ -41,29 +57,15 @@ class RetrievalTask(Protocol):
 
         Args:
             batch_size: number of sequences.
-            length: tokens of the source, in which the answer stands; the query and the answer come after it.
+            length: tokens of the source, from which the answer follows; the query and the answer come after it.
             generator: source of randomness; the sequences live on its device.
 
         Returns:
             `(input_ids, labels)`, both (batch_size, length + tail) int64; labels are -100 except on the answer.
 
         Raises:
-            ValueError: the source is too short, or too long for distinct keys.
+            ValueError: the task has no source of this length.
         """
-
-
-def _check_at_least(owner: str, least: int, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{owner} {name} must be an integer of at least {least}, got {value!r}; correct it")
-
-
-def _randint(high: int, *size: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(high, size, generator=generator, device=generator.device)
-
-
-def _rand(*size: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(size, generator=generator, device=generator.device)
 
 
 def _answer_labels(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -92,7 +94,7 @@ class MaxRetrieval:
     values: int = 10
 
     def __post_init__(self) -> None:
-        _check_at_least("max_retrieval", 2, priorities=self.priorities, values=self.values)
+        check_at_least("max_retrieval", 2, priorities=self.priorities, values=self.values)
 
     @property
     def vocab_size(self) -> int:
@@ -106,15 +108,15 @@ class MaxRetrieval:
 
     def sample(self, batch_size: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw `length` items, the query and the answer; see `RetrievalTask.sample`."""
-        _check_at_least("max_retrieval", 1, length=length)
-        priority = _randint(self.priorities, batch_size, length, generator=generator)
+        check_at_least("max_retrieval", 1, length=length)
+        priority = randint(self.priorities, batch_size, length, generator=generator)
         highest = priority.amax(1, keepdim=True).clamp(min=1)
         # One of the items that tie for the maximum keeps it, the others are drawn again below it.
         tied = priority >= highest
-        winner = (_rand(batch_size, length, generator=generator) + tied).argmax(1, keepdim=True)
-        below = (_rand(batch_size, length, generator=generator) * highest).long()
+        winner = (rand(batch_size, length, generator=generator) + tied).argmax(1, keepdim=True)
+        below = (rand(batch_size, length, generator=generator) * highest).long()
         priority = torch.where(tied, below, priority).scatter(1, winner, highest)
-        value = _randint(self.values, batch_size, length, generator=generator)
+        value = randint(self.values, batch_size, length, generator=generator)
         items = 1 + self.values + priority * self.values + value
         query = items.new_zeros(batch_size, 1)
         input_ids = torch.cat([items, query, 1 + value.gather(1, winner)], dim=1)
@@ -150,9 +152,9 @@ class AssociativeRecall:
     fillers: int = 16
 
     def __post_init__(self) -> None:
-        _check_at_least("associative_recall", 2, keys=self.keys, values=self.values)
+        check_at_least("associative_recall", 2, keys=self.keys, values=self.values)
         counts = {name: getattr(self, name) for name in ("key_tokens", "value_tokens", "queries", "fillers")}
-        _check_at_least("associative_recall", 1, **counts)
+        check_at_least("associative_recall", 1, **counts)
         if not 0 < self.fill <= 1:
             raise ValueError(f"associative_recall fill must be in (0, 1], got {self.fill!r}; it is a share")
 
@@ -178,11 +180,11 @@ class AssociativeRecall:
                 f"associative_recall pairs must be between queries={self.queries} and {possible} distinct keys, "
                 f"got {pairs} at length {length}; change the length, queries, keys or key_tokens"
             )
-        value = _randint(self.values, batch_size, pairs, self.value_tokens, generator=generator)
+        value = randint(self.values, batch_size, pairs, self.value_tokens, generator=generator)
         key = self._distinct_keys(batch_size, pairs, generator)
         pair = 1 + self.fillers + torch.cat([key, self.keys + value], 2)
         source = self._place(pair, length, generator)
-        asked = _rand(batch_size, pairs, generator=generator).argsort(1)[:, : self.queries, None].expand(-1, -1, width)
+        asked = rand(batch_size, pairs, generator=generator).argsort(1)[:, : self.queries, None].expand(-1, -1, width)
         query = torch.cat([pair.new_zeros(batch_size, self.queries, 1), pair.gather(1, asked)], 2).flatten(1)
         input_ids = torch.cat([source, query], dim=1)
         step = torch.arange(self.queries)[:, None] * (1 + width)
@@ -191,24 +193,27 @@ class AssociativeRecall:
 
     def _distinct_keys(self, batch_size: int, pairs: int, generator: torch.Generator) -> torch.Tensor:
         # Sorted draws plus 0, 1, 2, ... are distinct, at O(n log n) even where the key space is too large to shuffle.
-        code = _randint(self.keys**self.key_tokens - pairs + 1, batch_size, pairs, generator=generator).sort(1).values
+        code = randint(self.keys**self.key_tokens - pairs + 1, batch_size, pairs, generator=generator).sort(1).values
         code = code + torch.arange(pairs, device=generator.device)
-        code = code.gather(1, _rand(batch_size, pairs, generator=generator).argsort(1))
+        code = code.gather(1, rand(batch_size, pairs, generator=generator).argsort(1))
         return torch.stack([code // self.keys**place % self.keys for place in range(self.key_tokens)], 2)
 
     def _place(self, pair: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
         """Scatter the pairs (B, n, width) over a source of `length` tokens, at random places, filler between them."""
         batch_size, pairs, width = pair.shape
         slots = length - pairs * (width - 1)  # a slot is a pair or one filler token
-        order = _rand(batch_size, slots, generator=generator).argsort(1)
+        order = rand(batch_size, slots, generator=generator).argsort(1)
         is_pair = order < pairs
         start = torch.where(is_pair, width, 1).cumsum(1) - torch.where(is_pair, width, 1)
-        source = 1 + _randint(self.fillers, batch_size, length, generator=generator)
+        source = 1 + randint(self.fillers, batch_size, length, generator=generator)
         place = start[is_pair].view(batch_size, pairs, 1) + torch.arange(width, device=pair.device)
         return source.scatter(1, place.flatten(1), pair.flatten(1))
 
 
-TASKS: dict[str, type[Any]] = {task.name: task for task in (AssociativeRecall, MaxRetrieval)}
+TASKS: dict[str, type[Any]] = {
+    task.name: task
+    for task in (AssociativeRecall, Copy, FlipFlop, LocalCount, MaxRetrieval, MultiTokenRecall, Reverse, Sort, TwoBack)
+}
 
 
 def build_task(name: str, **options: Any) -> RetrievalTask:
@@ -296,11 +301,86 @@ def sample_batch(
     """
     if stream not in STREAMS:
         raise ValueError(f"stream must be one of {STREAMS}, got {stream!r}; use one of these")
-    identity = repr((sorted(task_settings(task).items()), stream, seed, length, index))
-    digest = hashlib.sha256(identity.encode()).digest()
-    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    generator = torch.Generator(device=device).manual_seed(_hash(task, stream, seed, length, index))
     input_ids, labels = task.sample(batch_size, length, generator)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def _hash(task: RetrievalTask, *identity: Any) -> int:
+    """A number below 2**63 that follows from the task's settings and `identity` alone."""
+    text = repr((sorted(task_settings(task).items()), *identity))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sample_training_batch(
+    task: RetrievalTask,
+    batch_size: int,
+    lengths: tuple[int, int],
+    *,
+    seed: int,
+    index: int,
+    device: str | torch.device = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Return batch `index` of the training stream, all its sources of one length, which is drawn for each batch.
+
+    The length is uniform in low .. high. A task whose lengths go up in steps says so (`length_step`, 2 for flip-flop),
+    and then it is uniform in low, low + step, ... . It is drawn on the CPU and is the same for every device.
+
+    Args:
+        task: what to draw.
+        batch_size: number of sequences.
+        lengths: `(low, high)`, both included.
+        seed: number of the experiment.
+        index: number of the batch.
+        device: where to draw the sequences.
+
+    Returns:
+        As `sample_batch`.
+
+    Raises:
+        ValueError: the lengths are not such a pair, or the task refuses the length drawn.
+    """
+    if len(lengths) != 2:
+        raise ValueError(f"training lengths must be a pair (low, high), got {lengths!r}; give two integers")
+    low, high = lengths
+    check_at_least("training lengths'", 1, low=low)
+    check_at_least("training lengths'", low, high=high)
+    step = getattr(task, "length_step", 1)
+    length = low + step * (_hash(task, "training length", seed, low, high, index) % ((high - low) // step + 1))
+    return sample_batch(task, batch_size, length, stream="train", seed=seed, index=index, device=device)
+
+
+def to_dataset(
+    task: RetrievalTask, samples: int, length: int, *, stream: str, seed: int, batch_size: int = 32
+) -> Dataset:
+    """Return the first `samples` sequences of a stream as a `datasets.Dataset`, for `.save_to_disk` and the like.
+
+    They are drawn on the CPU and held in memory.
+
+    Args:
+        task: what to draw.
+        samples: number of sequences.
+        length: tokens of the source.
+        stream: "train", "validation" or "test".
+        seed: number of the experiment.
+        batch_size: sequences drawn at once, row i in batch `i // batch_size` of `sample_batch`. Another size gives
+            other sequences; 1 gives those that `retrieval.synthetic_ladder` evaluates on.
+
+    Returns:
+        A dataset with the columns input_ids and labels, lists of integers; `.with_format("torch")` gives int64 tensors.
+
+    Raises:
+        ValueError: an unknown stream, a number that is not positive, or a length that the task refuses.
+    """
+    from datasets import Dataset
+
+    check_at_least("dataset", 1, samples=samples, batch_size=batch_size)
+    batches = [
+        sample_batch(task, batch_size, length, stream=stream, seed=seed, index=index)
+        for index in range(-(-samples // batch_size))  # rounded up
+    ]
+    columns = {name: torch.cat([batch[name] for batch in batches])[:samples].numpy() for name in batches[0]}
+    return Dataset.from_dict(columns)
 
 
 def render(task: RetrievalTask, input_ids: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -20,6 +21,7 @@ from .adapters import adapter_base, base_beside, is_adapter
 from .analysis import attention_support
 from .packing import PackedDataset, PackedStream
 from .patching import set_alpha
+from .synthetic import TaskStream
 
 QUERY_SCALE = ".query_scale."  # within the names of the parameters of the scale and of a learned alpha
 
@@ -95,7 +97,7 @@ class ASEntmaxTrainer(Trainer):
         query_scale_learning_rate: of the parameters of the query scale, which get no weight decay; None: as the others.
         support_tokens: log support size and zero share on so many tokens of the last batch's first row; 0: don't.
 
-    The other arguments are the Trainer's. Packed data needs no collator.
+    The other arguments are the Trainer's. Packed data needs no collator; a TaskStream's batches are used as they are.
 
     Raises:
         RuntimeError: the model is an adapter over an ASEntmax model whose converted base is not saved.
@@ -115,6 +117,15 @@ class ASEntmaxTrainer(Trainer):
         self.query_scale_learning_rate = query_scale_learning_rate
         self.support_tokens = support_tokens
         self._sample: dict[str, Tensor] = {}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's; or a :class:`TaskStream` as it is, from the batch at which a resumed run left off."""
+        if not isinstance(self.train_dataset, TaskStream):
+            return super().get_train_dataloader()
+        self.args.ignore_data_skip = True  # drawing batches to throw them away takes as long as training on them
+        accumulated = self.args.gradient_accumulation_steps
+        self.train_dataset.begin = lambda: self.state.global_step * accumulated
+        return DataLoader(self.train_dataset, batch_size=None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a parameter group of their own for the query scale's parameters."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_asentmax.symbol_tasks import Copy, FlipFlop, LocalCount, MultiTokenRecall
 from hf_asentmax.tasks import (
     IGNORED,
     STREAMS,
@@ -21,9 +26,29 @@ from hf_asentmax.tasks import (
     load_task,
     render,
     sample_batch,
+    sample_training_batch,
     save_task,
     task_settings,
+    to_dataset,
 )
+
+# Options that make a vocabulary small enough to be seen whole in a few thousand tokens.
+SMALL = {
+    "associative_recall": {"keys": 40, "values": 5},
+    "flip_flop": {},
+    "max_retrieval": {"priorities": 4, "values": 3},
+    "mqmtar": {"symbols": 8, "words": 30},
+    "local_count": {"symbols": 4, "longest_run": 5},
+}
+
+# The answer to a source by its definition, both as written tokens.
+ANSWERS = {
+    "copy": lambda source: source,
+    "local_count": lambda source: [str(count) for _, run in groupby(source) for count, _ in enumerate(run, 1)],
+    "reverse": lambda source: [source[-1 - place] for place in range(len(source))],
+    "sort": lambda source: sorted(source, key=lambda symbol: int(symbol[1:])),
+    "two_back": lambda source: ["_" if place < 2 else source[place - 2] for place in range(len(source))],
+}
 
 
 @given(
@@ -93,10 +118,134 @@ def test_associative_recall_asks_for_pairs_of_its_source(
         assert torch.equal(labels[answers], row[answers])
 
 
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+@given(symbols=st.integers(2, 40), length=st.integers(1, 60), seed=st.integers(0, 1 << 30))
+def test_symbol_tasks_answer_by_their_definition(name: str, symbols: int, length: int, seed: int) -> None:
+    task = build_task(name, symbols=symbols)
+    batch = sample_batch(task, 3, length, seed=seed)
+    for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        tokens = render(task, row).split()
+        source, separator, answer = tokens[:length], tokens[length], tokens[length + 1 :]
+        assert all(token.startswith("s") and int(token[1:]) < symbols for token in source)
+        assert separator == "|"
+        assert answer == ANSWERS[name](source)
+        assert labels.tolist() == [IGNORED] * (length + 1) + row[length + 1 :].tolist()
+
+
+def test_local_count_draws_run_lengths_and_symbols_evenly() -> None:
+    ids = sample_batch(LocalCount(symbols=3, longest_run=4), 3000, 40)["input_ids"][:, :40]
+    runs = [[(symbol, len(list(run))) for symbol, run in groupby(row)] for row in ids.tolist()]
+    # Only the first runs: later ones are the more likely to be seen whole the shorter they are.
+    first, second, third = (Counter(row[place] for row in runs) for place in range(3))
+    for drawn in (first, second, third):
+        assert set(drawn) == {(symbol, count) for symbol in (1, 2, 3) for count in (1, 2, 3, 4)}
+        assert 185 < min(drawn.values()) < max(drawn.values()) < 315  # 250 expected, 4 standard deviations are 61
+    assert {len(row) for row in runs} != {len(runs[0])}
+
+
+@given(
+    symbols=st.integers(4, 12),
+    words=st.integers(8, 16),
+    queries=st.integers(1, 4),
+    fill=st.floats(0.3, 1.0),
+    length=st.integers(1, 120),
+    seed=st.integers(0, 1 << 30),
+)
+def test_mqmtar_asks_for_words_of_its_source(
+    symbols: int, words: int, queries: int, fill: float, length: int, seed: int
+) -> None:
+    task = MultiTokenRecall(symbols=symbols, words=words, queries=queries, fill=fill)
+    expected = int(fill * length) // 6
+    if not queries <= expected <= words:
+        with pytest.raises(ValueError, match=f"got {expected} at length {length}"):
+            sample_batch(task, 2, length, seed=seed)
+        return
+    batch = sample_batch(task, 2, length, seed=seed)
+    for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        tokens = render(task, row).split()
+        source, tail = tokens[:length], tokens[length:]
+        pairs = {}
+        place = 0
+        while place < length:
+            if source[place] == "_":
+                place += 1
+                continue
+            *key, colon, v1, v2 = source[place : place + 5]
+            assert all(token.startswith("s") for token in (*key, v1, v2))
+            assert colon == ":"
+            assert tuple(key) not in pairs
+            pairs[tuple(key)] = [v1, v2]
+            place += 5
+        assert len(pairs) == expected
+        assert len(tail) == 6 * queries
+        marks, words_asked = tail[::3], [tail[start + 1 : start + 3] for start in range(0, len(tail), 3)]
+        assert marks == ["?"] * (2 * queries)
+        keys = [tuple(word) for word in words_asked[:queries]]
+        assert len(set(keys)) == queries
+        assert [pairs[key] for key in keys] == words_asked[queries:]
+        assert labels.tolist() == [IGNORED] * (length + 3 * queries) + row[length + 3 * queries :].tolist()
+
+
+def test_mqmtar_words_depend_on_their_own_seed_alone() -> None:
+    def words(word_seed: int, **request: object) -> tuple[set, set]:
+        # With fill = 1 and a length of 6, the one pair is followed or preceded by the one blank.
+        task = MultiTokenRecall(symbols=16, words=20, queries=1, fill=1.0, word_seed=word_seed)
+        tail = sample_batch(task, 1000, 6, **request)["input_ids"][:, 6:].tolist()
+        return {tuple(row[1:3]) for row in tail}, {tuple(row[4:6]) for row in tail}
+
+    keys, values = words(0)
+    assert len(keys) == len(values) == 20
+    assert keys != values
+    assert words(0, stream="test", seed=5, index=9) == (keys, values)
+    assert not {frozenset(found) for found in words(1)} & {frozenset(keys), frozenset(values)}
+
+
+def test_mqmtar_spreads_pairs_and_queries_evenly() -> None:
+    ids = sample_batch(MultiTokenRecall(symbols=8, words=30, queries=2), 4000, 40)["input_ids"]
+    # 5 pairs and 15 blanks: 1 sequence of 4 begins with a pair, and 1 of 4 ends with one; 4 standard deviations: 0.03.
+    for place in (0, 39):
+        assert 0.22 < (ids[:, place] != 2).float().mean() < 0.28
+    colons = (ids[:, :40] == 1).nonzero()[:, 1].view(4000, 5)
+    keys = torch.stack([ids.gather(1, colons - 2), ids.gather(1, colons - 1)], 2)
+    asked = torch.stack([(keys == ids[:, None, at : at + 2]).all(2).long().argmax(1) for at in (41, 44)], 1)
+    counts = Counter(map(tuple, asked.tolist()))
+    assert len(counts) == 5 * 4  # ordered pairs of different queries
+    assert 145 < min(counts.values()) < max(counts.values()) < 255  # 200 expected, 4 standard deviations are 55
+
+
+@given(pairs=st.integers(2, 40), ignore_share=st.sampled_from([0.0, 0.5, 0.8, 1.0]), seed=st.integers(0, 1 << 30))
+def test_flip_flop_reads_the_bit_last_written(pairs: int, ignore_share: float, seed: int) -> None:
+    task = FlipFlop(ignore_share=ignore_share)
+    batch = sample_batch(task, 3, 2 * pairs, seed=seed)
+    for row, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        tokens = render(task, row).split()
+        assert len(tokens) == 2 * pairs
+        assert (tokens[0], tokens[-2]) == ("w", "r")
+        written, expected = None, []
+        for instruction, bit in zip(tokens[::2], tokens[1::2], strict=True):
+            assert instruction in ("w", "i", "r")
+            assert bit in ("0", "1")
+            if instruction == "w":
+                written = bit
+            if instruction == "r":
+                assert bit == written
+            expected += [IGNORED, task.vocabulary().index(bit) if instruction == "r" else IGNORED]
+        assert labels.tolist() == expected
+
+
+def test_flip_flop_draws_instructions_and_bits_in_their_shares() -> None:
+    ids = sample_batch(FlipFlop(), 500, 42)["input_ids"].view(500, 21, 2)[:, 1:-1]
+    instruction, bit = ids.unbind(2)
+    # 9500 pairs: 4 standard deviations are 0.017 of a share of 0.8, 0.013 of 0.1, and 0.021 of a half.
+    shares = [(instruction == token).float().mean().item() for token in range(3)]
+    assert shares == pytest.approx([0.1, 0.8, 0.1], abs=0.018)
+    assert (bit[instruction == 1] == 4).float().mean().item() == pytest.approx(0.5, abs=0.025)
+    assert (bit[instruction == 0] == 4).float().mean().item() == pytest.approx(0.5, abs=0.07)
+
+
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_tokens_stay_within_the_vocabulary_and_use_all_of_it(name: str) -> None:
-    options = {"priorities": 4, "values": 3} if name == "max_retrieval" else {"keys": 40, "values": 5}
-    task = build_task(name, **options)
+    task = build_task(name, **SMALL.get(name, {}))
     names = task.vocabulary()
     assert len(names) == task.vocab_size == len(set(names))
     assert not any(" " in token for token in names)
@@ -118,12 +267,12 @@ def test_max_retrieval_draws_priorities_and_winning_places_evenly() -> None:
 def test_batches_repeat_and_streams_share_none(name: str) -> None:
     task = build_task(name)
     drawn = {
-        (stream, seed, index): sample_batch(task, 4, 16, stream=stream, seed=seed, index=index)["input_ids"]
+        (stream, seed, index): sample_batch(task, 4, 64, stream=stream, seed=seed, index=index)["input_ids"]
         for stream in STREAMS
         for seed in range(3)
         for index in range(10)
     }
-    again = sample_batch(task, 4, 16, stream="test", seed=1, index=3)["input_ids"]
+    again = sample_batch(task, 4, 64, stream="test", seed=1, index=3)["input_ids"]
     assert torch.equal(drawn["test", 1, 3], again)
     rows = [tuple(row.tolist()) for ids in drawn.values() for row in ids]
     assert len(set(rows)) == len(rows)
@@ -139,6 +288,79 @@ def test_long_sources_are_drawn() -> None:
     recall = AssociativeRecall(key_tokens=2)
     assert sample_batch(recall, 1, 65536)["input_ids"].shape == (1, 65536 + 4 * 4)
     assert sample_batch(MaxRetrieval(), 1, 65536)["labels"].shape == (1, 65538)
+    for name in ANSWERS:
+        assert sample_batch(build_task(name), 1, 65536)["labels"].shape == (1, 2 * 65536 + 1)
+    assert sample_batch(FlipFlop(), 1, 65536)["labels"].shape == (1, 65536)
+
+
+def test_mqmtar_draws_a_long_source_in_time() -> None:
+    begin = time.perf_counter()
+    ids = sample_batch(MultiTokenRecall(), 1, 65536)["input_ids"]
+    assert time.perf_counter() - begin < 5
+    assert ids.shape == (1, 65536 + 24)
+    assert (ids == 1).sum() == 8738
+    colons = (ids[0] == 1).nonzero()[:, 0]
+    assert len(torch.stack([ids[0, colons - 2], ids[0, colons - 1]]).unique(dim=1)[0]) == 8738
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"associative_recall"}))
+def test_drawing_never_waits_for_the_device(name: str) -> None:
+    task = build_task(name)
+    sample_batch(task, 2, 64)  # fills the cache of words
+    # A fake tensor has no values: an `.item()`, or a mask as an index, raises.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids, labels = task.sample(2, 64, torch.Generator())
+    assert ids.shape == labels.shape
+
+
+@pytest.mark.parametrize("task", [Copy(), FlipFlop()], ids=lambda task: task.name)
+def test_training_batches_have_a_length_of_their_own(task: Copy | FlipFlop) -> None:
+    step, tail = (2, 0) if task.name == "flip_flop" else (1, 1)
+    possible = {length * (1 + tail) + tail: length for length in range(10, 21, step)}
+    drawn = [sample_training_batch(task, 3, (10, 20), seed=4, index=index) for index in range(300)]
+    counts = Counter(possible[batch["input_ids"].shape[1]] for batch in drawn)
+    assert set(counts) == set(possible.values())
+    expected = 300 / len(possible)
+    assert max(abs(count - expected) for count in counts.values()) < 4 * expected**0.5
+    for index in (0, 7):
+        length = possible[drawn[index]["input_ids"].shape[1]]
+        same = sample_batch(task, 3, length, stream="train", seed=4, index=index)
+        assert all(torch.equal(drawn[index][name], same[name]) for name in same)
+    other = [sample_training_batch(task, 3, (10, 20), seed=5, index=index) for index in range(300)]
+    shapes = [[batch["input_ids"].shape for batch in batches] for batches in (drawn, other)]
+    assert shapes[0] != shapes[1]
+    assert sample_training_batch(task, 3, (12, 12), seed=4, index=0)["input_ids"].shape == (3, 12 * (1 + tail) + tail)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((8, 4), "high .* at least 8, got 4"), ((0, 4), "low .* at least 1, got 0"), ((4, 5, 6), r"got \(4, 5, 6\)")],
+)
+def test_wrong_training_lengths_are_refused(lengths: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_training_batch(Copy(), 2, lengths, seed=0, index=0)
+
+
+def test_a_dataset_holds_the_stream_and_survives_a_file(tmp_path: Path) -> None:
+    task = FlipFlop()
+    to_dataset(task, 10, 16, stream="validation", seed=3, batch_size=4).save_to_disk(tmp_path)
+    dataset = datasets.load_from_disk(tmp_path)
+    assert dataset.column_names == ["input_ids", "labels"]
+    assert all(row.dtype == torch.int64 for row in dataset.with_format("torch")[0].values())
+    batches = [sample_batch(task, 4, 16, stream="validation", seed=3, index=index) for index in range(3)]
+    for name in ("input_ids", "labels"):
+        assert dataset[name][:] == torch.cat([batch[name] for batch in batches])[:10].tolist()
+    fewer = to_dataset(task, 5, 16, stream="validation", seed=3, batch_size=4)
+    assert fewer.to_dict() == dataset.select(range(5)).to_dict()
+
+
+def test_wrong_datasets_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples .* got 0"):
+        to_dataset(Copy(), 0, 8, stream="test", seed=0)
+    with pytest.raises(ValueError, match="batch_size .* got -1"):
+        to_dataset(Copy(), 3, 8, stream="test", seed=0, batch_size=-1)
+    with pytest.raises(ValueError, match="'tset'"):
+        to_dataset(Copy(), 3, 8, stream="tset", seed=0)
 
 
 def test_settings_survive_a_file(tmp_path: Path) -> None:
@@ -179,6 +401,19 @@ def test_the_task_file_of_another_task_is_refused(tmp_path: Path) -> None:
         ("max_retrieval", {"values": "10"}, "integer"),
         ("associative_recall", {"queries": 0}, "queries"),
         ("associative_recall", {"fill": 1.5}, "fill"),
+        ("copy", {"symbols": 1}, "copy symbols .* at least 2, got 1"),
+        ("reverse", {"symbols": 2.5}, "reverse symbols .* got 2.5"),
+        ("sort", {"symbols": True}, "sort symbols .* got True"),
+        ("two_back", {"symbols": 0}, "two_back symbols .* got 0"),
+        ("local_count", {"symbols": 1}, "local_count symbols .* got 1"),
+        ("local_count", {"longest_run": 0}, "longest_run .* got 0"),
+        ("flip_flop", {"ignore_share": -0.5}, "ignore_share .* got -0.5"),
+        ("mqmtar", {"symbols": 99}, "at most .* 9801, got 10000"),
+        ("mqmtar", {"symbols": 1}, "mqmtar symbols .* got 1"),
+        ("mqmtar", {"words": 0}, "words .* got 0"),
+        ("mqmtar", {"queries": 0}, "queries .* got 0"),
+        ("mqmtar", {"fill": 0.0}, "fill .* got 0.0"),
+        ("mqmtar", {"word_seed": -1}, "word_seed .* got -1"),
     ],
 )
 def test_wrong_settings_are_refused(name: str, options: dict, message: str) -> None:
@@ -193,3 +428,19 @@ def test_wrong_requests_are_refused() -> None:
         sample_batch(MaxRetrieval(), 2, 0)
     with pytest.raises(ValueError, match="key_tokens"):
         sample_batch(AssociativeRecall(), 2, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "message"),
+    [
+        ("copy", 0, "copy length .* got 0"),
+        ("local_count", -3, "local_count length .* got -3"),
+        ("flip_flop", 2, "at least 4, got 2"),
+        ("flip_flop", 7, "even, got 7"),
+        ("mqmtar", 29, "queries=4 .* got 3 at length 29"),
+        ("mqmtar", 80000, "words=10000, got 10666 at length 80000"),
+    ],
+)
+def test_wrong_lengths_are_refused(name: str, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_batch(build_task(name), 2, length)

@@ -1,0 +1,110 @@
+"""Train any method on a generated task from scratch, and show how far beyond its training length it holds.
+
+The data are drawn on the device that trains, without files. A killed run goes on from its last complete checkpoint when
+the same command is given again. --output_dir gets the model, task.json, results.json and the ladder of the validation
+stream: choose settings by that. The test stream is for scripts/evaluate_retrieval.py, once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_asentmax.plots import write_report
+from hf_asentmax.retrieval import results_table, synthetic_ladder
+from hf_asentmax.runs import HelpFormatter, RunArguments, begin_run, run_training, summary
+from hf_asentmax.synthetic import TaskStream, build_synthetic_model
+from hf_asentmax.tasks import TASKS, build_task, save_task
+
+EXAMPLE = """
+examples:
+  python scripts/train_synthetic.py --task mqmtar --max_steps 20000 --per_device_train_batch_size 1024 --bf16
+  a twin of another method:    ... --attention softmax --output_dir runs/softmax
+  its test ladder, once:       python scripts/evaluate_retrieval.py --model runs/synthetic --task mqmtar
+                                   --lengths 64 128 256 1024 4096 --samples 1000
+"""
+
+
+@dataclass
+class SyntheticArguments:
+    """What to learn, and with which model."""
+
+    task: str = field(default="mqmtar", metadata={"help": "What to learn.", "choices": sorted(TASKS)})
+    task_options: str | None = field(
+        default=None, metadata={"help": "Options of the task as JSON, such as '{\"symbols\": 16}'; else its defaults."}
+    )
+    family: str = field(
+        default="llama",
+        metadata={"help": "qwen3 normalises queries and keys, llama does not.", "choices": ["llama", "qwen3"]},
+    )
+    sizes: list[int] | None = field(
+        default=None, metadata={"help": "Layers, width, heads, MLP width; by default the paper's for the task."}
+    )
+    min_length: int = field(default=32, metadata={"help": "Shortest source in training, in tokens."})
+    max_length: int = field(default=64, metadata={"help": "Longest source in training, in tokens."})
+    query_scale_delta: float = field(default=1.0, metadata={"help": "Constant part of the query scale."})
+    lengths: list[int] = field(
+        default_factory=lambda: [64, 128, 256, 512, 1024],
+        metadata={"help": "Sources of the ladder; the validation stream goes to 16 times the training length."},
+    )
+    samples: int = field(default=1000, metadata={"help": "Samples a length: 1000 leave +-3 points."})
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
+            raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (SyntheticArguments, RunArguments, TrainingArguments),  # type: ignore[arg-type]
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(output_dir="runs/synthetic", logging_steps=100, save_steps=1000, save_total_limit=2)
+    parser.set_defaults(positions="nape", max_steps=20000, per_device_train_batch_size=1024, learning_rate=1e-3)
+    parser.set_defaults(lr_scheduler_type="cosine", warmup_steps=0.05, adam_beta2=0.99, report_to="none")
+    choice, run, args = parser.parse_args_into_dataclasses()
+
+    task = build_task(choice.task, **json.loads(choice.task_options or "{}"))
+    settings, checkpoint = begin_run(args, choice, run)
+    alpha = run.target_alpha
+    schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=alpha, target=alpha)
+    overrides = {"query_scale_delta": choice.query_scale_delta}
+    overrides |= {} if schedule is None else {"entmax_alpha": schedule.start}
+    overrides |= {} if run.query_scaling is None else {"query_scaling": run.query_scaling}
+    model = build_synthetic_model(
+        task,
+        run.attention,
+        positions=run.positions,
+        family=choice.family,
+        length=choice.max_length,
+        sizes=None if choice.sizes is None else tuple(choice.sizes),
+        **overrides,
+    )
+    train = TaskStream(
+        task,
+        args.per_device_train_batch_size,
+        (choice.min_length, choice.max_length),
+        seed=args.seed,
+        device=args.device,
+        process=args.process_index,
+        processes=args.world_size,
+    )
+    results = run_training(
+        model, None, train, None, args, run, schedule=schedule, checkpoint=checkpoint, settings=settings
+    )
+    rows = synthetic_ladder(model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation")
+    if args.process_index == 0:
+        save_task(task, args.output_dir)
+        folder = Path(args.output_dir) / "validation"
+        print(summary(results, args.output_dir))
+        print(results_table(rows))
+        print(f"\nwritten: {', '.join(map(str, write_report(rows, folder, title=f'{choice.task}, validation')))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -42,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "multi_head": {"K": 2},
     "groups_of_4": {"B": 2, "H": 4, "T": 20, "N": 30, "scale": 1},
     "groups_of_8": {"H": 8, "T": 20, "N": 33},
+    "groups_of_130": {"H": 130, "T": 2, "N": 2},  # more heads than 7 bits name
     "head_dim_24": {"D": 24, "V": 16},
     "head_dim_64": {"D": 64, "V": 64, "scale": 1},
     "head_dim_80": {"D": 80, "V": 64, "T": 40, "N": 40, "alpha": 1.3},

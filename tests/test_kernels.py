@@ -413,6 +413,12 @@ def test_kernels_refuse_more_heads_than_a_grid_takes() -> None:
         entmax_attention(query, key, key)
 
 
+def test_kernels_refuse_more_heads_in_a_group_than_their_lists_can_name() -> None:
+    query, key = torch.zeros(1, 257, 1, 16), torch.zeros(1, 1, 1, 16)
+    with pytest.raises(ValueError, match="heads of query must be at most 256 for each head of key .*got 257; repeat"):
+        entmax_attention(query, key, key)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "lists"), [(4, 2, 4), (3, 1, 2)])
 def test_kernels_in_several_launches_give_the_same_bits(
     heads: int, kv_heads: int, lists: int, monkeypatch: pytest.MonkeyPatch

@@ -169,7 +169,7 @@ def _keys_kernel(
     for part in tl.static_range(2):
         for i in range(0, n_others if part else n_plain):
             entry = tl.load(tile_list + (n_places - 1 - i if part else i))
-            h = h_kv * GROUP + (entry >> 24)
+            h = h_kv * GROUP + ((entry >> 24) & 0xFF)
             masked = False
             if part:
                 masked = (entry >> 23 & 1) != 0

@@ -118,22 +118,9 @@ def _solve_kernel(
                         k = load_tile(k_base, j * TILE, skt, N, DIM, BLOCK_DIM, TILE)
                         partial = (j < inner_begin) | (j >= inner_end)
                         y = excess(
-                            q,
-                            k,
-                            j,
-                            ce,
-                            ones,
-                            threshold,
-                            slope,
-                            origin,
-                            partial,
-                            first_ptr,
-                            last_ptr,
-                            rows,
-                            T,
-                            TILE,
+                            q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE,
                             BIASED,
-                        )
+                        )  # fmt: skip
                         p, g = weights(y, e, ALPHA, EXACT)
                         tile_slope = partial_sum(g, LANES)
                         mass += partial_sum(p, LANES)
@@ -143,9 +130,7 @@ def _solve_kernel(
                             mass_ahead += partial_sum(above * above, LANES)
                             slopes_ahead += partial_sum(above, LANES)
                         bits |= 1 - (tile_slope <= 0.0).to(tl.int32) << (i - base)
-                    if (
-                        passes == 0
-                    ):  # the threshold is a lower bound in the first pass: what is below it is out for good
+                    if passes == 0:  # its threshold is a lower bound: what lies below is out for good
                         places = base + tl.arange(0, 32)
                         tiles = tl.load(tile_list + 1 + places, mask=places < count, other=0)
                         bit = (tl.reduce(tl.reduce(bits, 1, either), 0, either) >> (places - base)) & 1
@@ -229,22 +214,9 @@ def _output_kernel(
                         v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
                         partial = (j < inner_begin) | (j >= inner_end)
                         y = excess(
-                            q,
-                            k,
-                            j,
-                            ce,
-                            ones,
-                            threshold,
-                            slope,
-                            origin,
-                            partial,
-                            first_ptr,
-                            last_ptr,
-                            rows,
-                            T,
-                            TILE,
+                            q, k, j, ce, ones, threshold, slope, origin, partial, first_ptr, last_ptr, rows, T, TILE,
                             BIASED,
-                        )
+                        )  # fmt: skip
                         p, g = weights(y, e, ALPHA, EXACT)
                         mass += tl.sum(p, 1)
                         slopes += tl.sum(g, 1)

@@ -13,6 +13,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
 LARGEST_HEAD_DIM = 256
+LARGEST_GROUP = 256  # query heads of a key/value head: what the lists of the keys' kernel have bits for
 _HAS_FAST_LOG = torch.version.cuda is not None and not triton.knobs.runtime.interpret
 _MOST_HEADS = 65535  # what a grid holds along its second axis
 _LISTS_AT_ONCE = 1 << 24  # entries of the transient lists of tiles: 64 MiB
@@ -136,6 +137,11 @@ class Problem:
                 setattr(self, name, x.float().contiguous())
 
         self.group = self.query.shape[1] // self.key.shape[1]
+        if self.group > LARGEST_GROUP:
+            raise ValueError(
+                f"heads of query must be at most {LARGEST_GROUP} for each head of key on a GPU, got {self.group}; "
+                "repeat the heads of key and value"
+            )
         self.interval_stride = self.first.shape[1] if self.first.shape[0] > 1 else 0
         self.alpha_stride = 0 if self.alpha is None or self.alpha.dim() == 0 else 1
         self.widest = max(self.query.shape[-1], self.value.shape[-1])

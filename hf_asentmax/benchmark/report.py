@@ -50,7 +50,8 @@ def _times(row: dict[str, Any], name: str) -> str:
     return f"{row[name]['median']:.3f} ({row[name]['low']:.3f}-{row[name]['high']:.3f})"
 
 
-def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, its columns aligned."""
     cells = [list(header), *map(list, lines)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     cells.insert(1, ["-" * width for width in widths])
@@ -87,7 +88,7 @@ def case_table(rows: list[dict[str, Any]], all_rows: list[dict[str, Any]]) -> st
     header = ["implementation", "error", "first call s", "forward", "backward", "forward + backward"]
     header += ["forward / ours", "fwd+bwd / ours", "peak / state MiB", "note"]
     notes = [line for row in rows for line in _notes(row, all_rows)]
-    return "\n".join([describe_case(rows[0]), "", *_markdown(header, lines), *notes])
+    return "\n".join([describe_case(rows[0]), "", *markdown_table(header, lines), *notes])
 
 
 def _notes(row: dict[str, Any], all_rows: list[dict[str, Any]]) -> Iterable[str]:
@@ -122,7 +123,7 @@ def models_table(rows: list[dict[str, Any]]) -> str:
             times = f"{speed['median']:,.0f} ({speed['low']:,.0f}-{speed['high']:,.0f})"
             lines.append([row["implementation"], f"{case['context']}", case["setting"], times, ratio, memory, *sparse])
     header = ["model", "context", "inputs", "training tokens/s", "/ softmax", "peak GiB", "block sparsity", "support"]
-    return "\n".join(_markdown(header, lines))
+    return "\n".join(markdown_table(header, lines))
 
 
 def tables(results: dict[str, Any]) -> str:

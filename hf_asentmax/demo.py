@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from .checkpoints import write_json
+from .ladder import synthetic_ladder
 from .methods import METHODS
 from .model_card import write_model_card
 from .patching import patch_model, set_alpha
 from .plots import plot_ladder
-from .retrieval import synthetic_ladder
 from .tasks import IGNORED, MaxRetrieval, render, sample_batch, save_task
 from .training import AlphaSchedule
 
@@ -144,9 +144,9 @@ def train_twin(method: str, args: DemoArguments) -> tuple[PreTrainedModel, float
 
 
 def _answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy of the answer; logits of the last positions only, which is what the answer needs."""
+    """Cross entropy of the answers; logits from the batch's first label on only."""
     input_ids, labels = batch["input_ids"], batch["labels"]
-    first = int((labels[0] != IGNORED).nonzero()[0])
+    first = int((labels != IGNORED).any(0).nonzero()[0])
     logits = model(input_ids[:, :-1], logits_to_keep=input_ids.shape[1] - first, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORED)
 

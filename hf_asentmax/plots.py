@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import write_json
-from .retrieval import results_table
+from .evaluation import results_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +29,12 @@ def plot_ladder(
 ) -> Path:
     """Draw accuracy against length, a line a method with 95 % intervals, and write it as an image.
 
-    Of a method with several seeds each is a thin line with its own intervals, and the thick line is their mean.
+    Of a method with several runs (seeds, or models) each is a thin line with its own intervals, and the thick line is
+    their mean.
 
     Args:
-        rows: method, seed, length, accuracy, low and high in %, as `synthetic_ladder` and `passkey` return them.
+        rows: method, length, accuracy, low and high in %, as `synthetic_ladder` and `passkey` return them; where
+            rows have a seed or a model, runs differ in it.
         path: image file, PNG by its ending.
         train_length: where to mark the longest length that was trained on.
         title: heading.
@@ -45,7 +47,9 @@ def plot_ladder(
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
-        runs = {seed: [row for row in own if row.get("seed") == seed] for seed in {row.get("seed") for row in own}}
+        runs: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+        for row in own:
+            runs.setdefault((row.get("seed"), row.get("model")), []).append(row)
         for run in runs.values():
             accuracy = [row["accuracy"] for row in run]
             # Clipped, because rounding puts an end of the interval 1e-14 on the wrong side.
@@ -62,7 +66,7 @@ def plot_ladder(
             )
         lengths = sorted({row["length"] for row in own})
         means = [fmean(row["accuracy"] for row in own if row["length"] == length) for length in lengths]
-        label = method if len(runs) == 1 else f"{method} (mean of {len(runs)} seeds)"
+        label = method if len(runs) == 1 else f"{method} (mean of {len(runs)} runs)"
         axes.plot(lengths, means, color=colour, marker=marker, linewidth=2.2, label=label)
     if train_length is not None:
         axes.axvline(train_length, color="gray", linestyle=":", label="training length")

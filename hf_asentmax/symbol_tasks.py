@@ -33,6 +33,11 @@ def rand(*size: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(size, generator=generator, device=generator.device)
 
 
+def distinct(count: int, high: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """In each of `batch_size` rows `count` distinct integers in [0, high), in random order."""
+    return rand(batch_size, high, generator=generator).topk(count).indices
+
+
 def tail_labels(input_ids: torch.Tensor, answer: int) -> torch.Tensor:
     """Labels for sequences (B, T) that end in an answer of `answer` tokens."""
     labels = torch.full_like(input_ids, IGNORED)
@@ -306,15 +311,15 @@ class MultiTokenRecall:
                 f"got {pairs} at length {length}; change the length, queries or words"
             )
         key_words, value_words = _words(self.symbols, self.words, self.word_seed, generator.device)
-        key = 3 + key_words[_distinct(pairs, self.words, batch_size, generator)]
+        key = 3 + key_words[distinct(pairs, self.words, batch_size, generator)]
         value = 3 + value_words[randint(self.words, batch_size, pairs, generator=generator)]
         pair = torch.cat([key, key.new_ones(batch_size, pairs, 1), value], 2)
         # Choose the places of the pairs as if each took one token, then make room for its other four.
-        place = _distinct(pairs, length - 4 * pairs, batch_size, generator).sort(1).values
+        place = distinct(pairs, length - 4 * pairs, batch_size, generator).sort(1).values
         start = place + 4 * torch.arange(pairs, device=place.device)
         places = start[:, :, None] + torch.arange(5, device=place.device)
         source = pair.new_full((batch_size, length), 2).scatter(1, places.flatten(1), pair.flatten(1))
-        asked = _distinct(self.queries, pairs, batch_size, generator)[:, :, None].expand(-1, -1, 2)
+        asked = distinct(self.queries, pairs, batch_size, generator)[:, :, None].expand(-1, -1, 2)
         mark = pair.new_zeros(batch_size, self.queries, 1)
         query, answer = (torch.cat([mark, word.gather(1, asked)], 2).flatten(1) for word in (key, value))
         input_ids = torch.cat([source, query, answer], dim=1)
@@ -328,8 +333,3 @@ def _words(symbols: int, words: int, seed: int, device: torch.device) -> tuple[t
     codes = [torch.randperm(symbols**2, generator=generator, device="cpu")[:words] for _ in range(2)]
     keys, values = (torch.stack([code // symbols, code % symbols], 1).to(device) for code in codes)
     return keys, values
-
-
-def _distinct(count: int, high: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """In each of `batch_size` rows `count` distinct integers in [0, high), in random order."""
-    return rand(batch_size, high, generator=generator).topk(count).indices

@@ -15,7 +15,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -29,12 +29,11 @@ from .symbol_tasks import (
     Sort,
     TwoBack,
     check_at_least,
+    distinct,
     rand,
     randint,
+    tail_labels,
 )
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 STREAMS = ("train", "validation", "test")
 SETTINGS_FILE = "task.json"
@@ -66,12 +65,6 @@ class RetrievalTask(Protocol):
         Raises:
             ValueError: the task has no source of this length.
         """
-
-
-def _answer_labels(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, positions] = input_ids[:, positions]
-    return labels
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ class MaxRetrieval:
         items = 1 + self.values + priority * self.values + value
         query = items.new_zeros(batch_size, 1)
         input_ids = torch.cat([items, query, 1 + value.gather(1, winner)], dim=1)
-        return input_ids, _answer_labels(input_ids, torch.tensor([length + 1]))
+        return input_ids, tail_labels(input_ids, 1)
 
 
 @dataclass(frozen=True)
@@ -184,12 +177,12 @@ class AssociativeRecall:
         key = self._distinct_keys(batch_size, pairs, generator)
         pair = 1 + self.fillers + torch.cat([key, self.keys + value], 2)
         source = self._place(pair, length, generator)
-        asked = rand(batch_size, pairs, generator=generator).argsort(1)[:, : self.queries, None].expand(-1, -1, width)
-        query = torch.cat([pair.new_zeros(batch_size, self.queries, 1), pair.gather(1, asked)], 2).flatten(1)
-        input_ids = torch.cat([source, query], dim=1)
-        step = torch.arange(self.queries)[:, None] * (1 + width)
-        answers = (length + 1 + self.key_tokens + step + torch.arange(self.value_tokens)).flatten()
-        return input_ids, _answer_labels(input_ids, answers)
+        asked = distinct(self.queries, pairs, batch_size, generator)[:, :, None].expand(-1, -1, width)
+        mark, answer = pair.new_zeros(batch_size, self.queries, 1), pair.gather(1, asked)
+        query = torch.cat([mark, answer], 2).flatten(1)
+        ignored = torch.full_like(answer[:, :, : self.key_tokens], IGNORED)
+        label = torch.cat([mark + IGNORED, ignored, answer[:, :, self.key_tokens :]], 2).flatten(1)
+        return torch.cat([source, query], 1), torch.cat([torch.full_like(source, IGNORED), label], 1)
 
     def _distinct_keys(self, batch_size: int, pairs: int, generator: torch.Generator) -> torch.Tensor:
         # Sorted draws plus 0, 1, 2, ... are distinct, at O(n log n) even where the key space is too large to shuffle.
@@ -201,13 +194,12 @@ class AssociativeRecall:
     def _place(self, pair: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
         """Scatter the pairs (B, n, width) over a source of `length` tokens, at random places, filler between them."""
         batch_size, pairs, width = pair.shape
-        slots = length - pairs * (width - 1)  # a slot is a pair or one filler token
-        order = rand(batch_size, slots, generator=generator).argsort(1)
-        is_pair = order < pairs
-        start = torch.where(is_pair, width, 1).cumsum(1) - torch.where(is_pair, width, 1)
+        # Choose the places of the pairs as if each took one token, then make room for the rest of it.
+        place = distinct(pairs, length - (width - 1) * pairs, batch_size, generator).sort(1).values
+        start = place + (width - 1) * torch.arange(pairs, device=place.device)
+        places = start[:, :, None] + torch.arange(width, device=place.device)
         source = 1 + randint(self.fillers, batch_size, length, generator=generator)
-        place = start[is_pair].view(batch_size, pairs, 1) + torch.arange(width, device=pair.device)
-        return source.scatter(1, place.flatten(1), pair.flatten(1))
+        return source.scatter(1, places.flatten(1), pair.flatten(1))
 
 
 TASKS: dict[str, type[Any]] = {
@@ -247,29 +239,34 @@ def save_task(task: RetrievalTask, folder: str | os.PathLike[str]) -> Path:
 
 
 def load_task(
-    name: str, folder: str | os.PathLike[str] | None = None, options: dict[str, Any] | None = None
+    name: str | None, folder: str | os.PathLike[str] | None = None, options: dict[str, Any] | None = None
 ) -> RetrievalTask:
     """Return the task with the options given, else with those of task.json in the folder, else with its defaults.
 
     Args:
-        name: a key of `TASKS`.
+        name: a key of `TASKS`; None for that of task.json.
         folder: a model's folder, which may hold task.json.
-        options: fields of the task; task.json is then left unread.
+        options: fields of the task, in place of all those of task.json.
 
     Raises:
-        ValueError: task.json can't be read or is of another task, or an option is wrong.
+        ValueError: there is neither a name nor a task.json, task.json can't be read or is of another task, or an option
+            is wrong.
     """
     path = None if folder is None else Path(folder) / SETTINGS_FILE
-    if options is not None or path is None or not path.is_file():
+    if path is None or not path.is_file():
+        if name is None:
+            raise ValueError(f"task must be named where {path or SETTINGS_FILE} is missing, got None; give its name")
         return build_task(name, **(options or {}))
+    if name is not None and options is not None:
+        return build_task(name, **options)
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         owner = saved.pop("name")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be as save_task writes it, got {error!r}; give the task's options") from error
-    if owner != name:
+    if name is not None and owner != name:
         raise ValueError(f"task must be {owner!r}, as {path} says, got {name!r}; give options to evaluate another task")
-    return build_task(name, **saved)
+    return build_task(owner, **(saved if options is None else options))
 
 
 def sample_batch(
@@ -348,39 +345,6 @@ def sample_training_batch(
     step = getattr(task, "length_step", 1)
     length = low + step * (_hash(task, "training length", seed, low, high, index) % ((high - low) // step + 1))
     return sample_batch(task, batch_size, length, stream="train", seed=seed, index=index, device=device)
-
-
-def to_dataset(
-    task: RetrievalTask, samples: int, length: int, *, stream: str, seed: int, batch_size: int = 32
-) -> Dataset:
-    """Return the first `samples` sequences of a stream as a `datasets.Dataset`, for `.save_to_disk` and the like.
-
-    They are drawn on the CPU and held in memory.
-
-    Args:
-        task: what to draw.
-        samples: number of sequences.
-        length: tokens of the source.
-        stream: "train", "validation" or "test".
-        seed: number of the experiment.
-        batch_size: sequences drawn at once, row i in batch `i // batch_size` of `sample_batch`. Another size gives
-            other sequences; 1 gives those that `retrieval.synthetic_ladder` evaluates on.
-
-    Returns:
-        A dataset with the columns input_ids and labels, lists of integers; `.with_format("torch")` gives int64 tensors.
-
-    Raises:
-        ValueError: an unknown stream, a number that is not positive, or a length that the task refuses.
-    """
-    from datasets import Dataset
-
-    check_at_least("dataset", 1, samples=samples, batch_size=batch_size)
-    batches = [
-        sample_batch(task, batch_size, length, stream=stream, seed=seed, index=index)
-        for index in range(-(-samples // batch_size))  # rounded up
-    ]
-    columns = {name: torch.cat([batch[name] for batch in batches])[:samples].numpy() for name in batches[0]}
-    return Dataset.from_dict(columns)
 
 
 def render(task: RetrievalTask, input_ids: torch.Tensor) -> str:

@@ -1,14 +1,12 @@
 """Retrieval accuracy by length, as far beyond the training length as you like: nothing is cut to a context limit.
 
-passkey and needle hide a number in text and let the model write; needle goes by depth and length. associative_recall
-and max_retrieval are generated token sequences for models trained on them, their options read from task.json in the
-model's folder. Several models are compared on the same samples. Prints a table; --output_dir gets results.json,
-results.md and a picture.
+passkey and needle hide a number in text and let the model write; needle goes by depth and length. Several models are
+compared on the same samples. Prints a table; --output_dir gets results.json, results.md and a picture. For models that
+were trained on a generated task there is scripts/evaluate_synthetic.py.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_asentmax  # noqa: F401  (registers the Auto classes)
+from hf_asentmax.evaluation import results_table
 from hf_asentmax.plots import write_report
-from hf_asentmax.retrieval import needle, passkey, results_table, synthetic_ladder
+from hf_asentmax.retrieval import needle, passkey
 from hf_asentmax.runs import HelpFormatter
 from hf_asentmax.sharding import is_main, join_processes
-from hf_asentmax.tasks import STREAMS, TASKS, load_task
 
 EXAMPLE = """
 examples:
   python scripts/evaluate_retrieval.py --model SmolLM2-135M --task needle --lengths 512 1024 --output_dir runs/needle
   two models, one picture:    ... --model runs/softmax runs/asentmax --task passkey --lengths 1024 2048 4096
-  the demo's checkpoint:      ... --model runs/demo/checkpoint --task max_retrieval --lengths 64 1024 8192
   several GPUs, the samples shared among them:   accelerate launch scripts/evaluate_retrieval.py ...
 """
 
@@ -36,12 +33,10 @@ class Arguments:
     """What to evaluate, and on what."""
 
     model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
-    task: str = field(
-        default="needle", metadata={"help": "What to retrieve.", "choices": ["needle", "passkey", *sorted(TASKS)]}
-    )
+    task: str = field(default="needle", metadata={"help": "What to retrieve.", "choices": ["needle", "passkey"]})
     lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048],
-        metadata={"help": "Tokens: of prompt and answer together (passkey, needle), of the source (generated tasks)."},
+        metadata={"help": "Tokens of prompt and answer together, at most."},
     )
     depths: list[float] = field(
         default_factory=lambda: [0.0, 25.0, 50.0, 75.0, 100.0],
@@ -51,23 +46,10 @@ class Arguments:
     haystack: str | None = field(
         default=None, metadata={"help": "Text file to hide the number in; by default simple generated sentences."}
     )
-    task_options: str | None = field(
-        default=None,
-        metadata={
-            "help": "Options of a generated task as JSON, such as '{\"values\": 10}'; else task.json's, else defaults."
-        },
-    )
-    stream: str = field(
-        default="test",
-        metadata={"help": "Stream of a generated task; choose settings on validation.", "choices": STREAMS[1:]},
-    )
     method: list[str] | None = field(
         default=None, metadata={"help": "Names of the models in the results; by default the kind of their attention."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the samples; the same for every model."})
-    batch_tokens: int = field(
-        default=1 << 15, metadata={"help": "Generated tasks: tokens in a forward pass; changes memory, not results."}
-    )
     dtype: str = field(
         default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16", "float16"]}
     )
@@ -82,30 +64,17 @@ def main() -> None:
     names = args.method or [None] * len(args.model)
     if len(names) != len(args.model):
         parser.error(f"--method must name each of the {len(args.model)} models, got {names}")
-    options = json.loads(args.task_options) if args.task_options else None
 
     device = join_processes()
     rows: list[dict[str, Any]] = []
     for name, source in zip(names, args.model, strict=True):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
-        if args.task in TASKS:
-            task = load_task(args.task, source, options)
-            found = synthetic_ladder(
-                model,
-                task,
-                args.lengths,
-                samples=args.samples,
-                batch_tokens=args.batch_tokens,
-                seed=args.seed,
-                stream=args.stream,
-            )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if args.task == "passkey":
+            found = passkey(model, tokenizer, args.lengths, samples=args.samples, seed=args.seed)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            if args.task == "passkey":
-                found = passkey(model, tokenizer, args.lengths, samples=args.samples, seed=args.seed)
-            else:
-                hay = {"samples": args.samples, "haystack": args.haystack, "seed": args.seed}
-                found = needle(model, tokenizer, args.lengths, args.depths, **hay)
+            hay = {"samples": args.samples, "haystack": args.haystack, "seed": args.seed}
+            found = needle(model, tokenizer, args.lengths, args.depths, **hay)
         rows += [row if name is None else row | {"method": name} for row in found]
     if not is_main():
         return

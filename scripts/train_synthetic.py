@@ -2,7 +2,7 @@
 
 The data are drawn on the device that trains, without files. A killed run goes on from its last complete checkpoint when
 the same command is given again. --output_dir gets the model, task.json, results.json and the ladder of the validation
-stream: choose settings by that. The test stream is for scripts/evaluate_retrieval.py, once.
+stream: choose settings by that. The test stream is for scripts/evaluate_synthetic.py, once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_asentmax.evaluation import results_table
+from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.plots import write_report
-from hf_asentmax.retrieval import results_table, synthetic_ladder
 from hf_asentmax.runs import HelpFormatter, RunArguments, begin_run, run_training, summary
 from hf_asentmax.synthetic import TaskStream, build_synthetic_model
 from hf_asentmax.tasks import TASKS, build_task, save_task
@@ -23,8 +24,7 @@ EXAMPLE = """
 examples:
   python scripts/train_synthetic.py --task mqmtar --max_steps 20000 --per_device_train_batch_size 1024 --bf16
   a twin of another method:    ... --attention softmax --output_dir runs/softmax
-  its test ladder, once:       python scripts/evaluate_retrieval.py --model runs/synthetic --task mqmtar
-                                   --lengths 64 128 256 1024 4096 --samples 1000
+  its test ladder, once:       python scripts/evaluate_synthetic.py --model runs/synthetic --dtype bfloat16
 """
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer for any text, and a stand-in for a model that reads its prompt."""
+"""A tokenizer for any text, a stand-in for a model that reads its prompt, and a model that always says the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from helpers import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def constant_model(token: int, **overrides: Any) -> Any:
+    """A model that always foretells `token`."""
+    model = tiny_model("llama", **overrides)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token] = 1
+    return model
 
 
 class Reader:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_asentmax import demo
 from hf_asentmax.demo import DemoArguments, build_twin, comparison_table, run_demo, samples_at, train_twin
-from hf_asentmax.tasks import MaxRetrieval, load_task, sample_batch
+from hf_asentmax.symbol_tasks import FlipFlop
+from hf_asentmax.tasks import IGNORED, MaxRetrieval, load_task, sample_batch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "demo.py"
 TINY: dict[str, Any] = {
@@ -57,6 +58,14 @@ def test_twins_see_the_same_training_batches_and_none_of_the_test_stream(monkeyp
     assert len(seen["softmax"]) == 12
     assert {length for _, length, _ in seen["softmax"]} <= set(range(4, 9))
     assert all("stream" not in dict(options) for _, _, options in seen["softmax"])  # "train" by default
+
+
+def test_answer_loss_counts_every_label_wherever_the_rows_have_theirs() -> None:
+    model = build_twin("asentmax", DemoArguments(**TINY))
+    batch = sample_batch(FlipFlop(ignore_share=0.5), 8, 20)
+    first = (batch["labels"] != IGNORED).long().argmax(1)
+    assert first[0] > first.min()
+    torch.testing.assert_close(demo._answer_loss(model, batch), model(**batch).loss)
 
 
 def test_alpha_arrives_and_is_what_the_config_says() -> None:

@@ -159,3 +159,25 @@ def test_set_alpha_refuses_to_make_top_k_entmax() -> None:
     with pytest.raises(ValueError, match="entmax_alpha must be 1"):
         set_alpha(model, 1.5)
     assert model.config.entmax_alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scaling", "name"),
+    [
+        (1.0, "none", "softmax"),
+        (1.0, "log", "ssmax"),
+        (1.0, "adaptive", "softmax-adaptive"),
+        (1.5, "none", "entmax"),
+        (1.5, "static", "asentmax_static"),
+        (1.3, "none", "entmax1.3"),
+        (2.0, "none", "sparsemax"),
+        (1.5, "adaptive", "asentmax"),
+        (2.0, "adaptive", "asentmax"),
+    ],
+)
+def test_method_name_follows_the_config(alpha: float, scaling: str, name: str) -> None:
+    assert method_name(patch_model(tiny_model("llama"), alpha=alpha, query_scaling=scaling).config) == name
+
+
+def test_method_name_of_a_native_model_is_softmax() -> None:
+    assert method_name(tiny_model("llama").config) == "softmax"

@@ -11,8 +11,8 @@ import pytest
 from helpers import random_tokens, tiny_model
 
 from hf_asentmax import metrics
+from hf_asentmax.evaluation import wilson_interval
 from hf_asentmax.perplexity import perplexity_by_length, token_losses
-from hf_asentmax.retrieval import wilson_interval
 
 FOLDER = Path(metrics.__file__).parent
 CASES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {

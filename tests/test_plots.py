@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from hf_asentmax.plots import plot_heatmap, plot_ladder, plot_training, write_report
 
@@ -26,6 +29,16 @@ def test_ladder_and_heatmap_are_drawn(tmp_path: Path) -> None:
     assert min(png_size(plot_ladder(rows, tmp_path / "ladder.png", train_length=64))) > 400
     cells = [row("asentmax", length, depth=depth) for length in (64, 128) for depth in (0, 50, 100)]
     assert min(png_size(plot_heatmap(cells, tmp_path / "heatmap.png"))) > 300
+
+
+def test_ladder_draws_models_of_one_method_as_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("hf_asentmax.plots.write_figure", lambda figure, path: figures.append(figure))
+    rows = [row("asentmax", length) | {"model": model} for model in ("one", "two") for length in (64, 128)]
+    plot_ladder(rows, tmp_path / "ladder.png")
+    (axes,) = figures[0].axes
+    assert axes.get_legend_handles_labels()[1] == ["asentmax (mean of 2 runs)"]
+    assert sorted({len(line.get_xdata()) for line in axes.lines}) == [2]
 
 
 def test_training_picture_is_drawn_from_logs(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""scripts/evaluate_perplexity.py and scripts/evaluate_retrieval.py as a user runs them."""
+"""scripts/evaluate_perplexity.py, evaluate_retrieval.py and evaluate_synthetic.py as a user runs them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny_model
-from retrieval_setup import VOCABULARY, byte_tokenizer
+from retrieval_setup import VOCABULARY, byte_tokenizer, constant_model
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
 
 from hf_asentmax import patch_model
+from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.perplexity import perplexity_by_length
-from hf_asentmax.retrieval import passkey, synthetic_ladder
-from hf_asentmax.tasks import build_task
+from hf_asentmax.retrieval import passkey
+from hf_asentmax.tasks import build_task, save_task
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PNG = b"\x89PNG"
+TASK = build_task("max_retrieval", priorities=8, values=2)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Softmax and ASEntmax models over bytes, a softmax model over letters, and texts."""
+    """Softmax and ASEntmax models over bytes, one that always says token 1, a model over letters, and texts."""
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("softmax", "asentmax"):
         model = tiny_model("llama", vocab_size=VOCABULARY)
         (patch_model(model) if name == "asentmax" else model).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
+    constant_model(1).save_pretrained(folder / "constant")
+    for name in ("constant", "asentmax"):
+        save_task(TASK, folder / name)
     write_model(folder / "letters")
     write_texts(folder / "texts.jsonl", tiny_texts(20))
     return folder
@@ -89,16 +95,39 @@ def test_evaluate_retrieval_compares_models_by_depth_and_length(
     assert (tmp_path / "out" / "heatmap.png").read_bytes().startswith(PNG)
 
 
-def test_evaluate_retrieval_runs_a_generated_task(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_evaluate_synthetic_compares_models_on_the_task_they_name(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = ["--task", "max_retrieval", "--task_options", '{"priorities": 8, "values": 2}']
-    options = ["--lengths", 8, 16, "--samples", 20, "--seed", 3, "--output_dir", tmp_path]
-    run(monkeypatch, "evaluate_retrieval", "--model", inputs / "asentmax", *task, *options)
-    model = AutoModelForCausalLM.from_pretrained(inputs / "asentmax")
-    task_itself = build_task("max_retrieval", priorities=8, values=2)
-    assert read(tmp_path / "results.json") == synthetic_ladder(model, task_itself, [8, 16], samples=20, seed=3)
+    models = ["--model", inputs / "constant", inputs / "asentmax", "--dtype", "bfloat16", "--method", "one", "two"]
+    options = ["--lengths", 8, 16, "--samples", 20, "--seed", 3, "--stream", "validation", "--output_dir", tmp_path]
+    run(monkeypatch, "evaluate_synthetic", *models, *options)
+    expected = []
+    for folder, name in (("constant", "one"), ("asentmax", "two")):
+        model = AutoModelForCausalLM.from_pretrained(inputs / folder, dtype=torch.bfloat16)
+        rows = synthetic_ladder(model, TASK, [8, 16], samples=20, seed=3, stream="validation")
+        expected += [row | {"model": str(inputs / folder), "method": name} for row in rows]
+    assert 0 < expected[0]["accuracy"] < 100
+    assert read(tmp_path / "results.json") == expected
+    assert (tmp_path / "results.md").read_text(encoding="utf-8").strip() in capsys.readouterr().out
     assert (tmp_path / "ladder.png").read_bytes().startswith(PNG)
+
+
+def test_evaluate_synthetic_takes_another_task(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = ["--task", "copy", "--task_options", '{"symbols": 5}', "--lengths", 8, "--samples", 2]
+    run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", *task, "--output_dir", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "asentmax")
+    (expected,) = synthetic_ladder(model, build_task("copy", symbols=5), [8], samples=2)
+    (row,) = read(tmp_path / "results.json")
+    assert row == expected | {"model": str(inputs / "asentmax")}
+    assert (row["task"], row["method"], row["samples"]) == ("copy", "asentmax", 2)
+
+
+def test_evaluate_synthetic_asks_for_the_task_before_it_evaluates(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_asentmax.ladder.synthetic_ladder", lambda *_, **__: pytest.fail("evaluated"))
+    with pytest.raises(ValueError, match="task must be named where .*letters.*task.json is missing"):
+        run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", inputs / "letters")
 
 
 def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, tmp_path: Path) -> None:
@@ -113,9 +142,8 @@ def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, 
     texts += ["--lengths", 12, "--scored_tokens", 8, "--buckets", 0, "--output", tmp_path / "perplexity.json"]
     keys = [SCRIPTS / "evaluate_retrieval.py", "--model", inputs / "asentmax", "--task", "passkey"]
     keys += ["--lengths", 400, "--samples", 3, "--output_dir", tmp_path / "passkey"]
-    task = [SCRIPTS / "evaluate_retrieval.py", "--model", inputs / "asentmax", "--task", "max_retrieval"]
-    task += ["--task_options", '{"priorities":8,"values":2}', "--lengths", 8, "--samples", 5]
-    task += ["--output_dir", tmp_path / "task"]
+    task = [SCRIPTS / "evaluate_synthetic.py", "--model", inputs / "constant", "--lengths", 8, 3000, "--samples", 5]
+    task += ["--seed", 2, "--output_dir", tmp_path / "task"]  # 1 chunk, so one process has nothing to do, then 3
     lines = ["|".join(map(str, options)) for options in (texts, keys, task)]
     (tmp_path / "runs.txt").write_text("\n".join(lines), encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -131,15 +159,17 @@ def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, 
 
     model = AutoModelForCausalLM.from_pretrained(inputs / "asentmax")
     assert read(tmp_path / "passkey" / "results.json") == passkey(model, byte_tokenizer(), [400], samples=3)
-    ladder = synthetic_ladder(model, build_task("max_retrieval", priorities=8, values=2), [8], samples=5)
-    assert read(tmp_path / "task" / "results.json") == ladder
+    constant = inputs / "constant"
+    ladder = synthetic_ladder(AutoModelForCausalLM.from_pretrained(constant), TASK, [8, 3000], samples=5, seed=2)
+    assert all(0 < row["accuracy"] < 100 for row in ladder)
+    assert read(tmp_path / "task" / "results.json") == [row | {"model": str(constant)} for row in ladder]
     letters = AutoModelForCausalLM.from_pretrained(inputs / "letters")
     documents = [[4 + ord(letter) - ord("a") for letter in text] + [1] for text in tiny_texts(20) if len(text) >= 11]
     (found,) = read(tmp_path / "perplexity.json")["by_length"]
     assert found == pytest.approx(perplexity_by_length(letters, documents, [12], scored=8)[0])
 
 
-@pytest.mark.parametrize("script", ["evaluate_perplexity", "evaluate_retrieval"])
+@pytest.mark.parametrize("script", ["evaluate_perplexity", "evaluate_retrieval", "evaluate_synthetic"])
 def test_evaluation_help_teaches(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +28,6 @@ from hf_asentmax.tasks import (
     sample_training_batch,
     save_task,
     task_settings,
-    to_dataset,
 )
 
 # Options that make a vocabulary small enough to be seen whole in a few thousand tokens.
@@ -186,6 +184,20 @@ def test_mqmtar_asks_for_words_of_its_source(
         assert labels.tolist() == [IGNORED] * (length + 3 * queries) + row[length + 3 * queries :].tolist()
 
 
+def test_associative_recall_spreads_pairs_and_queries_evenly() -> None:
+    task = AssociativeRecall(keys=12, values=3, key_tokens=1, value_tokens=2, queries=2, fill=0.5, fillers=1)
+    ids = sample_batch(task, 4000, 30)["input_ids"]
+    # 5 pairs and 15 fillers: 1 sequence of 4 begins with a pair, and 1 of 4 ends with one; 4 standard deviations: 0.03.
+    for place in (0, 29):
+        assert 0.22 < (ids[:, place] != 1).float().mean() < 0.28
+    is_key = (ids[:, :30] >= 2) & (ids[:, :30] < 14)
+    keys = ids[:, :30][is_key].view(4000, 5)
+    asked = torch.stack([(keys == ids[:, at, None]).long().argmax(1) for at in (31, 35)], 1)
+    counts = Counter(map(tuple, asked.tolist()))
+    assert len(counts) == 5 * 4  # ordered pairs of different queries
+    assert 145 < min(counts.values()) < max(counts.values()) < 255  # 200 expected, 4 standard deviations are 55
+
+
 def test_mqmtar_words_depend_on_their_own_seed_alone() -> None:
     def words(word_seed: int, **request: object) -> tuple[set, set]:
         # With fill = 1 and a length of 6, the one pair is followed or preceded by the one blank.
@@ -303,7 +315,7 @@ def test_mqmtar_draws_a_long_source_in_time() -> None:
     assert len(torch.stack([ids[0, colons - 2], ids[0, colons - 1]]).unique(dim=1)[0]) == 8738
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"associative_recall"}))
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_drawing_never_waits_for_the_device(name: str) -> None:
     task = build_task(name)
     sample_batch(task, 2, 64)  # fills the cache of words
@@ -341,28 +353,6 @@ def test_wrong_training_lengths_are_refused(lengths: tuple[int, int], message: s
         sample_training_batch(Copy(), 2, lengths, seed=0, index=0)
 
 
-def test_a_dataset_holds_the_stream_and_survives_a_file(tmp_path: Path) -> None:
-    task = FlipFlop()
-    to_dataset(task, 10, 16, stream="validation", seed=3, batch_size=4).save_to_disk(tmp_path)
-    dataset = datasets.load_from_disk(tmp_path)
-    assert dataset.column_names == ["input_ids", "labels"]
-    assert all(row.dtype == torch.int64 for row in dataset.with_format("torch")[0].values())
-    batches = [sample_batch(task, 4, 16, stream="validation", seed=3, index=index) for index in range(3)]
-    for name in ("input_ids", "labels"):
-        assert dataset[name][:] == torch.cat([batch[name] for batch in batches])[:10].tolist()
-    fewer = to_dataset(task, 5, 16, stream="validation", seed=3, batch_size=4)
-    assert fewer.to_dict() == dataset.select(range(5)).to_dict()
-
-
-def test_wrong_datasets_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples .* got 0"):
-        to_dataset(Copy(), 0, 8, stream="test", seed=0)
-    with pytest.raises(ValueError, match="batch_size .* got -1"):
-        to_dataset(Copy(), 3, 8, stream="test", seed=0, batch_size=-1)
-    with pytest.raises(ValueError, match="'tset'"):
-        to_dataset(Copy(), 3, 8, stream="tset", seed=0)
-
-
 def test_settings_survive_a_file(tmp_path: Path) -> None:
     task = MaxRetrieval(priorities=7, values=3)
     save_task(task, tmp_path)
@@ -370,6 +360,16 @@ def test_settings_survive_a_file(tmp_path: Path) -> None:
     assert load_task("max_retrieval", tmp_path, {"values": 4}) == MaxRetrieval(values=4)
     assert load_task("max_retrieval", tmp_path / "nowhere") == load_task("max_retrieval") == MaxRetrieval()
     assert build_task(**task_settings(task)) == task
+
+
+def test_the_task_file_names_the_task(tmp_path: Path) -> None:
+    task = MaxRetrieval(priorities=7, values=3)
+    save_task(task, tmp_path)
+    assert load_task(None, tmp_path) == task
+    assert load_task(None, tmp_path, {"values": 4}) == MaxRetrieval(values=4)
+    for folder in (None, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="task must be named where .*task.json is missing, got None"):
+            load_task(None, folder)
 
 
 @pytest.mark.parametrize(

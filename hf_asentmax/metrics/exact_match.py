@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from hf_asentmax.retrieval import wilson_interval
+from hf_asentmax.evaluation import wilson_interval
 
 _DESCRIPTION = (
     "Share of the predictions that equal their reference, white space at the ends aside, with Wilson's 95 % interval."

@@ -1,0 +1,25 @@
+"""What evaluations share: intervals and tables."""
+
+from __future__ import annotations
+
+import pytest
+from retrieval_setup import Reader
+
+from hf_asentmax.evaluation import results_table, wilson_interval
+from hf_asentmax.retrieval import needle, passkey
+
+
+@pytest.mark.parametrize(
+    ("correct", "samples", "low", "high"), [(8, 10, 49.02, 94.33), (0, 10, 0, 27.75), (10, 10, 72.25, 100)]
+)
+def test_wilson_interval_equals_published_values(correct: int, samples: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, samples) == pytest.approx((low, high), abs=0.01)
+
+
+def test_results_table_notes_lengths_beyond_the_context() -> None:
+    reader = Reader(limit=550)
+    table = results_table(needle(reader, reader.tokenizer, [500, 1600], [25], samples=2))
+    assert "| softmax |    0 |     500 |  25 % |       100.0 | 34.2 to 100.0 |       2 |" in table
+    assert "| 1,600 * |" in table
+    assert table.endswith("config states (max_position_embeddings); not cut.")
+    assert "max_position_embeddings" not in results_table(passkey(reader, reader.tokenizer, [400], samples=2))

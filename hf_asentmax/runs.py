@@ -21,13 +21,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import claim_output_dir, write_json
+from .losses import LOSSES, output_loss
 from .methods import METHODS, method_settings
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
 from .positions import POSITIONS
 from .scaling import QUERY_SCALINGS
 from .synthetic import TaskStream
-from .training import AlphaSchedule, ASEntmaxTrainer, is_asentmax
+from .training import AlphaSchedule, ASEntmaxTrainer, current_alpha, is_asentmax
 
 # Settings that change nothing about the weights, and the Trainer's arguments that do.
 WITHOUT_INFLUENCE = ("eval_data", "eval_split", "max_eval_rows", "support_tokens", "resume")
@@ -78,6 +79,11 @@ class RunArguments:
     )
     query_scale_learning_rate: float | None = _option(
         None, "Learning rate of the query scale's parameters; by default that of the others. They start at zero."
+    )
+    loss: str = _option(
+        "cross_entropy",
+        "Loss of the output layer, in training and eval_loss: cross_entropy, or a sparse one of the `entmax` package.",
+        LOSSES,
     )
     support_tokens: int = _option(
         256, "Log support size and zero share on so many tokens of one row at each logging step; 0: don't."
@@ -241,13 +247,13 @@ def run_training(
         train: packed rows, or a generated task.
         evaluation: held-out packed rows, evaluated at the end.
         args: the Trainer's arguments; the model is saved to `args.output_dir`.
-        run: learning rate of the query scale, and how much of the support to log.
+        run: the loss, learning rate of the query scale, and how much of the support to log.
         schedule: moves alpha; None leaves it.
         checkpoint: where to go on from, as `begin_run` gives it.
         settings: written into results.json.
 
     Returns:
-        What is written to results.json: settings, steps, losses, perplexity, support, and the log.
+        What is written to results.json: settings, steps, losses, perplexity (of cross entropy), support, and the log.
     """
     trainer = ASEntmaxTrainer(
         model=model,
@@ -256,6 +262,7 @@ def run_training(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[] if schedule is None else [schedule],
+        compute_loss_func=output_loss(run.loss),
         query_scale_learning_rate=run.query_scale_learning_rate,
         support_tokens=run.support_tokens,
     )
@@ -275,9 +282,11 @@ def run_training(
         kept = ("loss", "train_loss", "train_runtime", "support_size", "zero_share")
         results |= {name: entry[name] for name in kept if name in entry}
     if metrics:
-        results |= {"eval_loss": metrics["eval_loss"], "perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
+        results["eval_loss"] = metrics["eval_loss"]
+        if run.loss == "cross_entropy":
+            results["perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
     if is_asentmax(model):
-        results["entmax_alpha"] = float(model.config.entmax_alpha)
+        results["entmax_alpha"] = current_alpha(model)["entmax_alpha"]
     results["log"] = trainer.state.log_history
     if trainer.is_world_process_zero():
         write_json(Path(str(args.output_dir)) / "results.json", results)

@@ -78,6 +78,13 @@ class QueryScale(nn.Module):
             share = (self.start_alpha - low) / (high - low)
             init.constant_(self.alpha_logit, math.log(share / (1.0 - share)))
 
+    def alpha(self) -> Tensor | None:
+        """Each head's alpha, float32 (H,), where it is learned, else None."""
+        if self.alpha_logit is None:
+            return None
+        low, high = LEARNED_ALPHA_RANGE
+        return low + (high - low) * self.alpha_logit.float().sigmoid()
+
     def forward(self, hidden_states: Tensor, n: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """``r`` and alpha.
 
@@ -89,10 +96,7 @@ class QueryScale(nn.Module):
         Returns:
             r, float32 (B, H, T), or None for ``query_scaling="none"``; alpha (H,) where it is learned, else None.
         """
-        alpha = None
-        if self.alpha_logit is not None:
-            low, high = LEARNED_ALPHA_RANGE
-            alpha = low + (high - low) * self.alpha_logit.float().sigmoid()
+        alpha = self.alpha()
         if self.query_scaling == "none":
             return None, alpha
         log_n = n.clamp(min=1).float().log1p()[:, None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,24 @@ QUERY_SCALE = ".query_scale."  # within the names of the parameters of the scale
 def is_asentmax(model: nn.Module) -> bool:
     """Whether the model, or the base model of an adapter, computes ASEntmax attention."""
     return hasattr(getattr(model, "config", None), "entmax_alpha")
+
+
+@torch.no_grad()
+def current_alpha(model: nn.Module) -> dict[str, float]:
+    """The alpha of an ASEntmax model as its Trainer logs it, under "entmax_alpha".
+
+    A learned one is the mean of all heads, and is also given for each layer and head, as "alpha/layer0/head3".
+    """
+    config: Any = model.config
+    if not config.entmax_alpha_learned:
+        return {"entmax_alpha": float(config.entmax_alpha)}
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "query_scale")]
+    heads = {
+        f"alpha/layer{layer.layer_idx}/head{head}": alpha
+        for layer in layers
+        for head, alpha in enumerate(layer.query_scale.alpha().tolist())
+    }
+    return {"entmax_alpha": fmean(heads.values()), **heads}
 
 
 class AlphaSchedule(TrainerCallback):
@@ -91,7 +110,7 @@ class AlphaSchedule(TrainerCallback):
 
 
 class ASEntmaxTrainer(Trainer):
-    """A Trainer with a learning rate for the query scale, that logs the support and saves adapters with their base.
+    """A Trainer with a learning rate for the query scale, that logs alpha and support, and saves adapters' base.
 
     Args:
         query_scale_learning_rate: of the parameters of the query scale, which get no weight decay; None: as the others.
@@ -100,6 +119,7 @@ class ASEntmaxTrainer(Trainer):
     The other arguments are the Trainer's. Packed data needs no collator; a TaskStream's batches are used as they are.
 
     Raises:
+        ValueError: labels are smoothed, which the Trainer does not do as asked for these models and losses.
         RuntimeError: the model is an adapter over an ASEntmax model whose converted base is not saved.
     """
 
@@ -112,6 +132,12 @@ class ASEntmaxTrainer(Trainer):
             # The default for a tokenizer pads, and an attention_mask would join the packed documents.
             kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None and (is_asentmax(self.model) or self.compute_loss_func is not None):
+            # The Trainer shifts smoothed labels for Transformers' own classes only, and leaves a given loss as it is.
+            raise ValueError(
+                "label_smoothing_factor must be 0 with ASEntmax or a loss of its own, got "
+                f"{self.args.label_smoothing_factor!r}; leave it out"
+            )
         if is_adapter(self.model) and is_asentmax(self.model):
             adapter_base(self.model)
         self.query_scale_learning_rate = query_scale_learning_rate
@@ -148,8 +174,9 @@ class ASEntmaxTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and is_asentmax(self.model):
+            logs.update(current_alpha(self.model))
         if "loss" in logs and self._sample:
-            logs["entmax_alpha"] = float(self.model.config.entmax_alpha)
             logs.update(attention_support(self.model, **self._prepare_inputs(self._sample)).means())
         super().log(logs, start_time)
 

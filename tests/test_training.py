@@ -15,8 +15,9 @@ from training_setup import arguments, rows
 from transformers import TrainerCallback, TrainerState
 
 from hf_asentmax import patch_model
+from hf_asentmax.adapters import add_lora
 from hf_asentmax.analysis import attention_support
-from hf_asentmax.training import AlphaSchedule, ASEntmaxTrainer
+from hf_asentmax.training import AlphaSchedule, ASEntmaxTrainer, current_alpha
 
 
 def sparse_model(family: str = "llama", **options: Any) -> Any:
@@ -202,6 +203,33 @@ def test_trainer_logs_support_into_the_history_and_trains_as_without_it(tmp_path
         assert entry["entmax_alpha"] == 1.5
         assert 1.0 <= entry["support_size"] < 8.5
         assert 0.0 < entry["zero_share"] < 1.0
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_trainer_logs_the_learned_alpha_of_each_head_and_layer(kind: str, tmp_path: Path) -> None:
+    model: Any = sparse_model(query_scaling="none", alpha_learned=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.query_scale.alpha_logit.copy_(torch.linspace(-1, 1, 4))
+    started = current_alpha(model)
+    if kind == "adapter":
+        model = add_lora(model, str(tmp_path), r=2)
+    args = arguments(tmp_path / "run", learning_rate=0.1, logging_steps=1, save_strategy="no")
+    trainer = ASEntmaxTrainer(model, args, train_dataset=rows(), support_tokens=0)
+    trainer.train()
+    layers = (model.get_base_model() if kind == "adapter" else model).model.layers
+    hidden, n = torch.zeros(1, 1, 32), torch.ones(1, 1, dtype=torch.int64)
+    expected = {
+        f"alpha/layer{i}/head{h}": alpha
+        for i, layer in enumerate(layers)
+        for h, alpha in enumerate(layer.self_attn.query_scale(hidden, n)[1].tolist())  # what attention computes with
+    }
+    assert len(set(expected.values())) == 8
+    assert min(abs(expected[name] - started[name]) for name in expected) > 1e-3
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert {name: alpha for name, alpha in logged[-1].items() if name.startswith("alpha/")} == expected
+    assert logged[-1]["entmax_alpha"] == pytest.approx(sum(expected.values()) / 8)
+    assert all(logged[0][name] != logged[-1][name] for name in expected)
 
 
 def test_trainer_trains_in_mixed_precision(tmp_path: Path) -> None:

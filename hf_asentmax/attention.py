@@ -100,7 +100,8 @@ def _first_visible(mask_function: Callable, position: Tensor, kv_length: int, kv
             f"the {ATTENTION_NAME} attention must be causal, got a mask function that shows a later key"
         )
     low, high = torch.zeros_like(position) + kv_offset, position
-    for _ in range(kv_length.bit_length()):
+    # A compiled graph is to serve every length, so it takes the steps of the longest.
+    for _ in range(31 if torch.compiler.is_compiling() else kv_length.bit_length()):
         middle = (low + high) // 2
         seen = mask_function(row, head, position, middle)
         low, high = torch.where(seen, low, (middle + 1).clamp(max=high)), torch.where(seen, middle, high)
@@ -152,6 +153,7 @@ class ASEntmaxMixin(nn.Module):
     config: Any
     query_scale: QueryScale
     scheduled_alpha: Tensor | None = None  # set by set_alpha while a schedule moves alpha
+    observer: Callable[..., None] | None = None  # set while hf_asentmax.analysis.observed looks on
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -228,6 +230,10 @@ class ASEntmaxMixin(nn.Module):
         else:
             out = attention_from_intervals(*tensors, alpha=alpha, **settings)
         out = out.transpose(1, 2).contiguous()
+        if isinstance(weights, Tensor):
+            weights = weights.reshape(-1, 1, 1)
+        if self.observer is not None:
+            self.observer(query, key, first, last, scale, slopes, weights, scaling)
         if not output_attentions:
             return out, None
         return out, _dense_weights(query, key, first, last, scale, slopes, weights, scaling)
@@ -250,8 +256,6 @@ def _dense_weights(
             f"output_attentions must ask for at most {MAX_DENSE_WEIGHTS} weights a layer "
             f"(batch x heads x queries x keys), got {elements}; use shorter inputs or a smaller batch"
         )
-    if isinstance(weights, Tensor):
-        weights = weights.reshape(-1, 1, 1)
     with torch.no_grad():
         dense = reference.attention_weights(query, key, first, last, scale, slopes, weights, scaling)
     return dense.to(query.dtype)

@@ -22,14 +22,15 @@ HEAD_POSITIONS = 1 << 12  # so many have logits at once
 
 
 def teacher_forced_hits(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether greedy decoding would give each row's answer, from one forward pass.
+    """Whether every label of a row is the most likely token at the place before it, from one forward pass.
 
-    It does if and only if every answer token is the most likely one given the right tokens before it. Only answers get
-    logits. With inputs on the CPU it returns before the device is done: the caller can draw the next ones meanwhile.
+    Where the labels are the row's own tokens, this says whether greedy decoding would give its answer. Where they are
+    classes of its tokens (2Back, local count) nothing is decoded, and this pass is the evaluation itself. Only answers
+    get logits. With inputs on the CPU it returns before the device is done: the caller can draw the next meanwhile.
 
     Args:
         model: a causal language model.
-        input_ids: (B, T), int64, the answers included.
+        input_ids: (B, T), int64, the answers included where a model reads them.
         labels: (B, T), int64, -100 but on the answers; each row has at least one.
 
     Returns:
@@ -65,7 +66,7 @@ def synthetic_ladder(
     seed: int = 0,
     stream: str = "test",
 ) -> list[dict[str, Any]]:
-    """Exact match on a generated task at several lengths, under greedy decoding.
+    """Exact match on a generated task at several lengths: all answer tokens right, see :func:`teacher_forced_hits`.
 
     The samples (:mod:`hf_asentmax.samples`) are the same for every model, and lengths beyond the model's context are
     evaluated as well, uncut. Processes share the samples.
@@ -73,7 +74,7 @@ def synthetic_ladder(
     Args:
         model: a causal language model over the task's vocabulary.
         task: see :func:`hf_asentmax.tasks.build_task`.
-        lengths: lengths of the source in tokens; the query and the answer come after it.
+        lengths: lengths of the source in tokens; special tokens, queries and the answer come on top.
         samples: sequences a length.
         samples_beyond: sequences a length beyond 4096 tokens, if that is fewer.
         batch_tokens: tokens in a forward pass, at most (but for a single sequence that has more).

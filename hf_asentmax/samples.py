@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .symbol_tasks import check_at_least
+from .drawing import check_at_least
 from .tasks import RetrievalTask, sample_batch
 
 if TYPE_CHECKING:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_asentmax import CONFIG_CLASSES
 from .methods import method_settings
-from .tasks import RetrievalTask, sample_training_batch
+from .tasks import IGNORED, RetrievalTask, sample_batch, stream_seed
 
 # Layers, width, heads and width of the MLP in arXiv 2506.16640; of the tasks that it does not list, the smallest.
 SIZES: dict[str, tuple[int, int, int, int]] = {
@@ -26,17 +28,24 @@ DEFAULT_SIZES = (2, 256, 8, 1024)
 class TaskStream(IterableDataset):
     """Batches of a task's training stream, whole, on the device; the Trainer takes them as they are.
 
-    Batch i of process p is batch ``i * processes + p`` of the stream, so that a resumed run goes on with the data that
-    it would have had.
+    Each row draws its length from the range. All are filled up at their end to the longest, so that every batch has one
+    shape (and a compiled model one graph); with causal attention the tokens of a row don't see what follows them, and
+    no loss is taken there. A resumed run goes on with the data that it would have had.
 
     Args:
         task: what to draw.
         batch_size: sequences a batch.
-        lengths: of the source, (low, high): one is drawn for each batch.
+        lengths: of the source, (low, high), both included. Of a task whose lengths go up in steps (`length_step`, 2 for
+            flip-flop) those that low and steps reach.
         seed: of the experiment.
-        device: where the sequences live.
-        process, processes: this process among all.
+        device: where the sequences are drawn and live.
+        process, processes: this process among all, each with sequences of its own.
+
+    Raises:
+        ValueError: the lengths are not such a pair, or the task refuses one of them.
     """
+
+    POOL = 8  # batches drawn at once: one call a length, however many batches
 
     def __init__(
         self,
@@ -49,19 +58,42 @@ class TaskStream(IterableDataset):
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.task, self.batch_size, self.lengths = task, batch_size, lengths
+        if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
+            raise ValueError(
+                f"training lengths must be a pair (low, high) of 1 <= low <= high, got {lengths!r}; give two integers"
+            )
+        self.task, self.batch_size = task, batch_size
+        self.lengths = range(lengths[0], lengths[1] + 1, getattr(task, "length_step", 1))
         self.seed, self.device = seed, device
         self.process, self.processes = process, processes
         self.begin: Callable[[], int] = lambda: 0  # the Trainer says how many batches a resumed run has had
+        self.tokens = max(sample_batch(task, 1, length)["labels"].shape[1] for length in self.lengths)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        index = self.begin()
-        while True:
-            number = index * self.processes + self.process
-            yield sample_training_batch(
-                self.task, self.batch_size, self.lengths, seed=self.seed, index=number, device=self.device
-            )
-            index += 1
+        rows: dict[str, torch.Tensor] = {}
+        for index in count(self.begin()):
+            pool, batch = divmod(index, self.POOL)
+            if batch == 0 or not rows:
+                rows = self._draw(pool * self.processes + self.process)
+            own = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield {name: x[own] for name, x in rows.items()}
+
+    def _draw(self, pool: int) -> dict[str, torch.Tensor]:
+        """The rows of some batches, in random order."""
+        generator = torch.Generator().manual_seed(stream_seed(self.task, "lengths", self.seed, pool, self.lengths))
+        chosen = torch.randint(len(self.lengths), (self.POOL * self.batch_size,), generator=generator)
+        drawn = [
+            sample_batch(self.task, rows, length, seed=self.seed, index=pool, device=self.device)
+            for length, rows in zip(self.lengths, chosen.bincount(minlength=len(self.lengths)).tolist(), strict=True)
+            if rows
+        ]
+        order = torch.randperm(len(chosen), generator=generator).to(self.device)
+
+        def joined(name: str, filler: int) -> torch.Tensor:
+            rows = [pad(batch[name], (0, self.tokens - batch[name].shape[1]), value=filler) for batch in drawn]
+            return torch.cat(rows)[order]
+
+        return {"input_ids": joined("input_ids", 0), "labels": joined("labels", IGNORED)}
 
 
 def build_synthetic_model(

@@ -1,9 +1,9 @@
 """Exact match on a generated task by length, from the training length to 65,536 tokens and beyond.
 
 For models that were trained on the task (scripts/train_synthetic.py): task and options are read from task.json in the
-model's folder. One teacher-forced pass a batch tells what greedy decoding would give, and nothing is cut to a context
-limit. Several models are compared on the same samples. Prints a table with 95 % intervals; --output_dir gets
-results.json, results.md and a picture.
+model's folder. One teacher-forced pass a batch tells what greedy decoding would give (in 2Back and local count, which
+class each token gets), and nothing is cut to a context limit. Several models are compared on the same samples. Prints a
+table with 95 % intervals; --output_dir gets results.json, results.md and a picture.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Arguments:
     )
     lengths: list[int] = field(
         default_factory=lambda: list(LENGTHS),
-        metadata={"help": "Tokens of the source; the query and the answer come after it."},
+        metadata={"help": "Tokens of the source; special tokens, queries and the answer come on top."},
     )
     samples: int = field(default=1000, metadata={"help": "Samples at each length; 200 leave +-7 points, 1000 +-3."})
     samples_beyond: int = field(default=200, metadata={"help": "Samples beyond 4096 tokens, at most."})

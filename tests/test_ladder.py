@@ -64,6 +64,27 @@ def test_teacher_forced_hits_equal_those_of_all_logits(monkeypatch: pytest.Monke
     assert sum(sizes) == asked.sum()
 
 
+def test_teacher_forced_hits_and_the_loss_take_classes_at_their_tokens() -> None:
+    task = build_task("two_back", symbols=16)
+    input_ids, labels = draw_chunk(task, range(4), 20, stream="test", seed=0)
+    source, blank = input_ids[:, 1:-1], task.vocab_size - 1
+    classes = torch.cat([torch.full((4, 2), blank), source[:, :-2]], 1)
+    model = tiny_model("llama")
+    output = model(input_ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, 1:-1].flatten(0, 1), classes.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    predicted = torch.nn.functional.pad(classes, (1, 1))
+    predicted[1, 1] = predicted[2, 20] = 0  # wrong at the first token of a source, or at the last
+    oracle: Any = SimpleNamespace(
+        device=labels.device,
+        base_model=lambda **_: SimpleNamespace(last_hidden_state=torch.nn.functional.one_hot(predicted)),
+        get_output_embeddings=lambda: lambda hidden: hidden,
+    )
+    exact, tokens = teacher_forced_hits(oracle, input_ids, labels)
+    assert exact.tolist() == [True, False, False, True]
+    assert tokens.tolist() == pytest.approx([1, 0.95, 0.95, 1])
+
+
 @pytest.mark.parametrize("task", [build_task("flip_flop"), build_task("associative_recall", **RECALL)], ids=str)
 def test_teacher_forced_hits_add_no_wait_for_the_device(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # A meta tensor has no values: an `.item()`, a nonzero, or a mask as an index, raises. The layers are left out:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import sys
-from itertools import islice
+from collections import Counter
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 from hf_asentmax import METHODS
 from hf_asentmax.methods import method_name
 from hf_asentmax.synthetic import SIZES, TaskStream, build_synthetic_model
-from hf_asentmax.tasks import TASKS, build_task, load_task, sample_training_batch
+from hf_asentmax.tasks import IGNORED, TASKS, build_task, load_task
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_synthetic.py"
 SMALL = (1, 32, 2, 64)
@@ -33,17 +35,66 @@ def train(folder: Path, *options: str, monkeypatch: pytest.MonkeyPatch) -> dict[
     return results
 
 
-def test_task_stream_gives_the_training_stream_in_turns_to_the_processes() -> None:
-    task = build_task("copy", symbols=4)
-    streams = [TaskStream(task, 3, (4, 9), seed=5, process=process, processes=2) for process in range(2)]
-    drawn = [list(islice(stream, 3)) for stream in streams]
-    for index in range(6):
-        expected = sample_training_batch(task, 3, (4, 9), seed=5, index=index)
-        found = drawn[index % 2][index // 2]
-        assert all(torch.equal(found[name], x) for name, x in expected.items())
-    streams[1].begin = lambda: 2
-    resumed = next(iter(streams[1]))
-    assert torch.equal(resumed["input_ids"], drawn[1][2]["input_ids"])
+def test_task_stream_mixes_lengths_behind_one_shape() -> None:
+    stream = TaskStream(build_task("copy", symbols=4), 30, (4, 9), seed=5)
+    batches = list(islice(stream, 2 * TaskStream.POOL))
+    assert {batch[name].shape for batch in batches for name in batch} == {(30, 2 * 9 + 3)}
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["labels"], strict=True)]
+    counts = Counter()
+    for ids, labels in rows:
+        length = (int((labels != IGNORED).sum())) - 1
+        counts[length] += 1
+        assert ids[1 : length + 1].tolist() == ids[length + 2 : 2 * length + 2].tolist()
+        assert (labels[: length + 2] == IGNORED).all()
+        assert labels[length + 2 : 2 * length + 3].tolist() == ids[length + 2 : 2 * length + 3].tolist()
+        assert (labels[2 * length + 3 :] == IGNORED).all()
+    assert set(counts) == set(range(4, 10))
+    assert max(abs(count - 80) for count in counts.values()) < 4 * 80**0.5
+    longest = [int((batch["labels"] != IGNORED).sum(1).max()) for batch in batches]
+    shortest = [int((batch["labels"] != IGNORED).sum(1).min()) for batch in batches]
+    assert all(low < high for low, high in zip(shortest, longest, strict=True))  # within a batch, not batch by batch
+    assert len({tuple(ids.tolist()) for ids, _ in rows}) > 400  # of 480, of which some short ones are drawn twice
+
+
+def test_task_stream_steps_through_its_lengths() -> None:
+    (batch,) = islice(TaskStream(build_task("flip_flop"), 50, (6, 10), seed=0), 1)
+    ends = (batch["labels"] != IGNORED).int().argmax(1) + 2  # after the bit and <eos>
+    assert set(ends.tolist()) == {8, 10, 12}
+
+
+def test_task_stream_goes_on_where_a_run_left_off() -> None:
+    def stream(**settings: int) -> TaskStream:
+        return TaskStream(build_task("copy", symbols=4), 3, (4, 9), **({"seed": 5} | settings))
+
+    drawn = list(islice(stream(), 20))
+    for begin in (0, 3, 8, 13):
+        resumed = stream()
+        resumed.begin = lambda begin=begin: begin
+        for expected, found in zip(drawn[begin:], islice(resumed, 7), strict=False):
+            assert all(torch.equal(found[name], x) for name, x in expected.items())
+    others = [stream(seed=6), stream(process=1, processes=2), stream(process=0, processes=2)]
+    firsts = [drawn[0], *(next(iter(other)) for other in others)]
+    assert torch.equal(firsts[0]["input_ids"], firsts[3]["input_ids"])  # process 0 begins as one process alone does
+    for a, b in combinations(firsts[:3], 2):
+        assert not torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_task_stream_s_filler_changes_nothing() -> None:
+    task = build_task("reverse", symbols=4)
+    model = build_synthetic_model(task, "asentmax", length=9, sizes=SMALL).eval()
+    (batch,) = islice(TaskStream(task, 6, (4, 9), seed=1), 1)
+    with torch.no_grad():
+        filled = model(batch["input_ids"]).logits
+        for row, labels in enumerate(batch["labels"]):
+            end = int((labels != IGNORED).nonzero().max()) + 1
+            alone = model(batch["input_ids"][row : row + 1, :end]).logits[0]
+            assert (filled[row, :end] - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [(9, 4), (0, 4), (4,)])
+def test_task_stream_names_wrong_lengths(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"training lengths must be a pair.*{re.escape(repr(lengths))}"):
+        TaskStream(build_task("copy"), 3, lengths, seed=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -54,7 +105,7 @@ def test_synthetic_models_are_of_the_method_and_the_paper_s_sizes(method: str) -
     found = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
     assert found == SIZES["copy"]
     assert (config.head_dim, config.vocab_size, config.positions) == (16, task.vocab_size, "nope")
-    assert config.max_position_embeddings == 41  # source, separator, copy
+    assert config.max_position_embeddings == 43  # <bos> source <sep> copy <eos>
 
 
 def test_synthetic_models_refuse_an_unknown_family() -> None:

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_asentmax.evaluation import results_table
@@ -98,7 +99,10 @@ def main() -> None:
     results = run_training(
         model, None, train, None, args, run, schedule=schedule, checkpoint=checkpoint, settings=settings
     )
-    rows = synthetic_ladder(model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation")
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it was trained
+        rows = synthetic_ladder(
+            model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation"
+        )
     if args.process_index == 0:
         save_task(task, args.output_dir)
         folder = Path(args.output_dir) / "validation"

@@ -80,14 +80,17 @@ class TaskStream(IterableDataset):
 
     def _draw(self, pool: int) -> dict[str, torch.Tensor]:
         """The rows of some batches, in random order."""
-        generator = torch.Generator().manual_seed(stream_seed(self.task, "lengths", self.seed, pool, self.lengths))
-        chosen = torch.randint(len(self.lengths), (self.POOL * self.batch_size,), generator=generator)
+        seed = stream_seed(self.task, "lengths", self.seed, pool, self.lengths)
+        chosen = torch.randint(
+            len(self.lengths), (self.POOL * self.batch_size,), generator=torch.Generator().manual_seed(seed)
+        )
         drawn = [
             sample_batch(self.task, rows, length, seed=self.seed, index=pool, device=self.device)
             for length, rows in zip(self.lengths, chosen.bincount(minlength=len(self.lengths)).tolist(), strict=True)
             if rows
         ]
-        order = torch.randperm(len(chosen), generator=generator).to(self.device)
+        generator = torch.Generator(device=self.device).manual_seed(seed)  # not on the CPU: a copy waits for the device
+        order = torch.randperm(len(chosen), generator=generator, device=self.device)
 
         def joined(name: str, filler: int) -> torch.Tensor:
             rows = [pad(batch[name], (0, self.tokens - batch[name].shape[1]), value=filler) for batch in drawn]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ from .benchmark.report import markdown_table
 from .checkpoints import write_json
 from .formula_plots import FORMULA_FIGURES, dispersion_rows
 from .methods import method_name
+from .options import option
 from .patching import patch_model
 from .positions import alibi_slopes
 from .scale_fits import SCALE_LAWS, fit_scale, scale_points
@@ -44,38 +45,31 @@ _REGIME = [case.block_sparsity for case in CASES.values() if case.block_sparsity
 BENCHMARK_SPARSITY = (min(_REGIME), max(_REGIME))
 
 
-def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    metadata = {"help": text} | ({} if choices is None else {"choices": list(choices)})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class AnalysisArguments:
     """What to look into. Without --model: the pictures of formulas."""
 
-    model: list[str] = _option([], "Folders or Hub ids of causal language models, softmax or ASEntmax.")
-    figures: list[str] = _option(
+    model: list[str] = option([], "Folders or Hub ids of causal language models, softmax or ASEntmax.")
+    figures: list[str] = option(
         [],
         f"Pictures. Of formulas: {', '.join(FORMULA_FIGURES)}. Of models: {', '.join(MODEL_FIGURES)}. By default all "
         "that the models allow.",
         FIGURES,
     )
-    text: str | None = _option(
+    text: str | None = option(
         None, "Text file to read; without it, the validation stream of the task in the task.json of the model's folder."
     )
-    lengths: list[int] = _option(
+    lengths: list[int] = option(
         [64, 256, 1024], "Tokens: of the text, or of the task's source. Beyond the trained length as far as you like."
     )
-    samples: int = _option(4, "Sequences at each length; time goes with their number and the square of the length.")
-    method: list[str] = _option([], "Names of the models in tables and pictures; by default the kind of attention.")
-    map_length: int = _option(64, "Length of the sequence of the attention maps.")
-    heads: list[str] = _option([], "Heads of the maps as layer:head, both from 0; by default some evenly chosen ones.")
-    seed: int = _option(0, "Seed of the task's sequences.")
-    dtype: str = _option("float32", "Dtype of the weights.", ("float32", "bfloat16", "float16"))
-    device: str | None = _option(None, "cpu or cuda; by default the GPU where there is one.")
-    output_dir: str = _option("runs/analysis", "Gets the pictures, results.json and results.md.")
+    samples: int = option(4, "Sequences at each length; time goes with their number and the square of the length.")
+    method: list[str] = option([], "Names of the models in tables and pictures; by default the kind of attention.")
+    map_length: int = option(64, "Length of the sequence of the attention maps.")
+    heads: list[str] = option([], "Heads of the maps as layer:head, both from 0; by default some evenly chosen ones.")
+    seed: int = option(0, "Seed of the task's sequences.")
+    dtype: str = option("float32", "Dtype of the weights.", ("float32", "bfloat16", "float16"))
+    device: str | None = option(None, "cpu or cuda; by default the GPU where there is one.")
+    output_dir: str = option("runs/analysis", "Gets the pictures, results.json and results.md.")
 
 
 def run_analysis(args: AnalysisArguments) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .checkpoints import claim_output_dir, write_json
 from .losses import LOSSES, output_loss
 from .methods import METHODS, method_settings
+from .options import option
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
 from .positions import POSITIONS
@@ -43,52 +44,48 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and leaves the lines of description and examples as they are."""
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": list(choices)}))
-
-
 @dataclass
 class RunArguments:
     """What the attention becomes and how it is trained, beside what TrainingArguments say."""
 
-    attention: str = _option(
+    attention: str = option(
         "asentmax",
         "The method: 'asentmax', or one to compare with, such as 'softmax' (alpha 1 and no query scale throughout).",
         tuple(METHODS),
     )
-    query_scaling: str | None = _option(
+    query_scaling: str | None = option(
         None,
         "Factor of the scores: adaptive (ASEntmax), static, log (SSMax) or none; by default the method's own.",
         QUERY_SCALINGS,
     )
-    positions: str | None = _option(
+    positions: str | None = option(
         None,
         "rope (the family's own, the default), nope, alibi, or nape (half ALiBi, half NoPE: the paper's best). A "
         "pretrained model keeps what it knows with rope only.",
         POSITIONS,
     )
-    alpha: float | None = _option(
+    alpha: float | None = option(
         None, "The alpha to arrive at: 1 is softmax, 2 sparsemax. By default the method's, or an ASEntmax model's own."
     )
-    alpha_start: float | None = _option(
+    alpha_start: float | None = option(
         None, "The alpha to begin with. By default 1 for a softmax model that is converted, else no schedule."
     )
-    alpha_hold: float = _option(0.0, "Share of the steps to stay at --alpha_start.")
-    alpha_fraction: float = _option(
+    alpha_hold: float = option(0.0, "Share of the steps to stay at --alpha_start.")
+    alpha_fraction: float = option(
         0.5, "Share of the steps in which alpha then moves, linearly; the rest is at --alpha."
     )
-    query_scale_learning_rate: float | None = _option(
+    query_scale_learning_rate: float | None = option(
         None, "Learning rate of the query scale's parameters; by default that of the others. They start at zero."
     )
-    loss: str = _option(
+    loss: str = option(
         "cross_entropy",
         "Loss of the output layer, in training and eval_loss: cross_entropy, or a sparse one of the `entmax` package.",
         LOSSES,
     )
-    support_tokens: int = _option(
+    support_tokens: int = option(
         256, "Log support size and zero share on so many tokens of one row at each logging step; 0: don't."
     )
-    resume: str = _option(
+    resume: str = option(
         "auto", "'auto' goes on from the last complete checkpoint in --output_dir; 'never'; or a checkpoint's folder."
     )
 

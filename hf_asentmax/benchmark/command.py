@@ -7,9 +7,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoints import write_json
+from ..options import option
 from .cases import benchmark_case
 from .implementations import IMPLEMENTATIONS
 from .inputs import CASES, PATTERNS, Case
@@ -32,60 +33,53 @@ DEFAULTS = {
 }
 
 
-def _option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    metadata = {"help": text} | ({} if choices is None else {"choices": list(choices)})
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class BenchmarkArguments:
     """What to measure. Without --cases, --sweep, --models and --plot: all cases."""
 
-    cases: list[str] = _option(
+    cases: list[str] = option(
         [],
         f"Cases by name; 'all' is {', '.join(TARGETS)}; 'huge' is 32 heads at 128K tokens, for its memory; 'custom' is "
         "the case of --batch to --pattern.",
         ("all", "custom", *CASES),
     )
-    nape: bool = _option(False, "Time each of --cases again with ALiBi slopes on the first half of the heads (NAPE).")
-    sweep: list[str] = _option(
+    nape: bool = option(False, "Time each of --cases again with ALiBi slopes on the first half of the heads (NAPE).")
+    sweep: list[str] = option(
         [], "'lengths': time against N; 'sparsity': ratios against block sparsity; of the custom case.", SWEEPS
     )
-    models: bool = _option(
+    models: bool = option(
         False, "Training tokens/s of a 120M Llama: ASEntmax with NAPE and with RoPE, and softmax with SDPA."
     )
-    implementations: list[str] = _option(
+    implementations: list[str] = option(
         [], "What to compare; by default all that run on the device, sdpa_math only on a CPU.", tuple(IMPLEMENTATIONS)
     )
-    lengths: list[int] = _option([2048, 4096, 8192, 16384, 32768, 65536], "Tokens of --sweep lengths.")
-    sparsities: list[float] = _option([0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98], "Block sparsities of --sweep sparsity.")
-    contexts: list[int] = _option([2048, 8192, 32768], "Context lengths of --models; a step takes 32768 tokens.")
-    model_settings: list[str] = _option(
+    lengths: list[int] = option([2048, 4096, 8192, 16384, 32768, 65536], "Tokens of --sweep lengths.")
+    sparsities: list[float] = option([0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98], "Block sparsities of --sweep sparsity.")
+    contexts: list[int] = option([2048, 8192, 32768], "Context lengths of --models; a step takes 32768 tokens.")
+    model_settings: list[str] = option(
         list(SETTINGS),
         "--models on 'fresh' weights and random tokens (nearly dense), or on 'topics' (of --block_sparsity).",
         SETTINGS,
     )
-    batch: int = _option(1, "Custom case: sequences.")
-    heads: int = _option(8, "Custom case: query heads.")
-    kv_heads: int = _option(8, "Custom case: key/value heads.")
-    tokens: int = _option(32768, "Custom case: tokens N.")
-    head_dim: int = _option(64, "Custom case: head dim D.")
-    block_sparsity: float = _option(
+    batch: int = option(1, "Custom case: sequences.")
+    heads: int = option(8, "Custom case: query heads.")
+    kv_heads: int = option(8, "Custom case: key/value heads.")
+    tokens: int = option(32768, "Custom case: tokens N.")
+    head_dim: int = option(64, "Custom case: head dim D.")
+    block_sparsity: float = option(
         0.9, "Custom case, topics of --models: share of visible 64 x 64 blocks without support. What comes is measured."
     )
-    pattern: str = _option("topics", "Custom case: topics, or topics + attention sink + band of 256 tokens.", PATTERNS)
-    device: str = _option("cuda", "'cpu' is for trying the script at tiny sizes.", tuple(DEFAULTS))
-    dtype: str = _option("bfloat16", "Of the attention's inputs.", ("bfloat16", "float16", "float32"))
-    seed: int = _option(0, "Of inputs and weights.")
-    compile_only: bool = _option(
+    pattern: str = option("topics", "Custom case: topics, or topics + attention sink + band of 256 tokens.", PATTERNS)
+    device: str = option("cuda", "'cpu' is for trying the script at tiny sizes.", tuple(DEFAULTS))
+    dtype: str = option("bfloat16", "Of the attention's inputs.", ("bfloat16", "float16", "float32"))
+    seed: int = option(0, "Of inputs and weights.")
+    compile_only: bool = option(
         False,
         "Check and compile, time nothing, write nothing. Several such processes side by side fill Triton's cache, "
         "faster than one run that compiles all in turn.",
     )
-    output_dir: str = _option("runs/benchmark", "Folder for results.json, results.md and the picture benchmark.png.")
-    plot: str | None = _option(None, "Draw the picture of this results.json beside it and stop; needs no GPU.")
+    output_dir: str = option("runs/benchmark", "Folder for results.json, results.md and the picture benchmark.png.")
+    plot: str | None = option(None, "Draw the picture of this results.json beside it and stop; needs no GPU.")
 
     def chosen_cases(self) -> list[Case]:
         """The attention cases in order: the named ones, each followed by its twin with slopes, then the sweeps."""

@@ -1,0 +1,21 @@
+"""What the scripts' argument classes are written with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that HfArgumentParser makes an option of.
+
+    Args:
+        default: its value where it is left out; of a list each instance gets a copy.
+        text: its help.
+        choices: the values allowed; all if None.
+    """
+    metadata = {"help": text} | ({} if choices is None else {"choices": list(choices)})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .intervals import key_intervals
 from .operators import attend, call
-from .softmax import softmax_attention, takes_softmax
+from .softmax import fused_softmax_attention, is_fused
 
 MIN_ALPHA, MAX_ALPHA = 1.0, 2.0
 
@@ -157,18 +157,9 @@ def attention_from_intervals(
         raise ValueError(f"alpha must be a float or have shape () or ({query.shape[1]},), got {tuple(tensor.shape)}")
     check_tensors(query, key, value, query_scale, alibi_slopes)
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if tensor is None and alpha_value == 1.0 and query.is_cuda and takes_softmax(query, key, value):
-        return softmax_attention(
-            query,
-            key,
-            value,
-            first,
-            last,
-            scaling=scaling,
-            query_scale=query_scale,
-            alibi_slopes=alibi_slopes,
-            is_causal=is_causal,
-        )
+    softmax = tensor is None and alpha_value == 1.0 and query_scale is None and alibi_slopes is None
+    if softmax and is_causal is not None and query.is_cuda and is_fused(query, key, value):
+        return fused_softmax_attention(query, key, value, scaling=scaling, is_causal=is_causal)
     return attend(query, key, value, first, last, query_scale, alibi_slopes, tensor, alpha_value, scaling)
 
 

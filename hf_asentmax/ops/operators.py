@@ -17,10 +17,9 @@ OP_NAMESPACE = "hf_asentmax"
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def uses_kernels(query: Tensor, alpha: Tensor | None, alpha_value: float) -> bool:
-    """Whether the kernels serve these arguments. Softmax is not theirs, nor is float64."""
-    softmax = alpha is None and alpha_value == 1.0
-    return query.is_cuda and query.dtype != torch.float64 and not softmax and _HAS_TRITON
+def uses_kernels(query: Tensor) -> bool:
+    """Whether the kernels serve attention of this query."""
+    return query.is_cuda and query.dtype != torch.float64 and _HAS_TRITON
 
 
 def _alpha_for_rows(alpha: Tensor | None, alpha_value: float, dtype: torch.dtype) -> reference.Alpha:
@@ -45,7 +44,7 @@ def _attention(
     """The output, and what the backward needs: each query's threshold, the mean of the values by slope, and which tiles
     have support. The last two are empty unless the kernels are used and ``differentiable``."""
     nothing = query.new_empty(0)
-    if uses_kernels(query, alpha, alpha_value):
+    if uses_kernels(query):
         from .triton_forward import kernel_forward
         from .triton_launch import Problem
 
@@ -76,7 +75,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     nothing, no_tiles = query.new_empty(0), first.new_empty(0)
-    if uses_kernels(query, alpha, alpha_value):
+    if uses_kernels(query):
         from .triton_launch import tiles_shape
 
         state = query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
@@ -103,7 +102,7 @@ def _attention_backward(
     tiles: Tensor,
     alpha_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if uses_kernels(query, alpha, alpha_value):
+    if uses_kernels(query):
         from .triton_backward import kernel_backward
         from .triton_launch import Problem
 

@@ -11,6 +11,10 @@ With ``z = (alpha-1) s`` the kernels hold, for every query, a threshold such tha
     alpha = 2:    p = [y]_+,                g = 1 on the support
     else:         p = [1+y]_+^(1/(alpha-1)), g = p / (1+y)          (the threshold is tau + 1: nothing is lost near 1)
 
+and their limit at alpha = 1, softmax, with ``z = s`` and the logarithm of the sum as threshold: p = g = exp(y). Of its
+tiles those are left out where every p is 0 in float32. The constant ALPHA names the four: 1 and 2 the first two, 3
+softmax, 0 all else.
+
 Source: arXiv 1905.05702, eq. 10; arXiv 1909.00015, propositions 1 and 2.
 """
 
@@ -90,10 +94,10 @@ def key_tile_ranges(first, last, visible, TILE: tl.constexpr):
 
 @triton.jit
 def load_exponent(alpha_ptr, h, stride, alpha_value, ALPHA: tl.constexpr):
-    """alpha - 1 of a head."""
+    """z / s of a head: alpha - 1, or 1 for softmax."""
     if ALPHA == 1:
         return 0.5
-    elif ALPHA == 2:
+    elif ALPHA == 2 or ALPHA == 3:
         return 1.0
     else:
         alpha = alpha_value
@@ -131,6 +135,9 @@ def weights(y, e, ALPHA: tl.constexpr, EXACT: tl.constexpr):
         return w * w, w
     elif ALPHA == 2:
         return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(y > 0.0, 1.0, 0.0)
+    elif ALPHA == 3:
+        p = tl.exp(y)
+        return p, p
     else:
         outside = y <= -1.0
         y = tl.where(outside, 0.0, y)
@@ -146,6 +153,8 @@ def newton_step(mass, slope, e, ALPHA: tl.constexpr):
         return (mass - tl.sqrt(mass)) / slope
     elif ALPHA == 2:
         return (mass - 1.0) / slope
+    elif ALPHA == 3:  # the root itself
+        return tl.log(tl.maximum(mass, 1.0e-30))
     else:
         a = e * tl.log(tl.maximum(mass, 1.0e-30))
         small = a * (1.0 - a * (0.5 - a * (1.0 / 6.0)))
@@ -185,7 +194,7 @@ def excess(
     else:
         y = x * (ce * norm)[:, None] - threshold[:, None]
     if partial:
-        y = hide(y, -2.0, j, first_ptr, last_ptr, rows, T, TILE)
+        y = hide(y, HIDDEN, j, first_ptr, last_ptr, rows, T, TILE)
     return y
 
 

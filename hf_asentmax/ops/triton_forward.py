@@ -221,10 +221,13 @@ def _output_kernel(
                         mass += tl.sum(p, 1)
                         slopes += tl.sum(g, 1)
                         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-                        mean = tl.dot(g.to(v.dtype), v, mean, input_precision="ieee")
+                        if ALPHA != 3:
+                            mean = tl.dot(g.to(v.dtype), v, mean, input_precision="ieee")
                     step = tl.where(visible, newton_step(mass, slopes, e, ALPHA), 0.0)
                     residual = tl.max(tl.abs(step), 0)
 
+            if ALPHA == 3:
+                mean = acc
             threshold += step
             mass -= step / e * slopes
             acc -= (step / e)[:, None] * mean
@@ -237,7 +240,11 @@ def _output_kernel(
             # For the backward: the factor that brings the mass to 1, and the threshold with it.
             log_mass = tl.log(mass)
             norm = tl.exp(-e * log_mass)
-            threshold = threshold * norm
+            if ALPHA == 3:
+                norm = tl.full((TILE,), 1.0, tl.float32)
+                threshold += log_mass
+            else:
+                threshold = threshold * norm
             if ALPHA == 0:  # (1 + y) norm = 1 + y'
                 a = e * log_mass
                 threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)

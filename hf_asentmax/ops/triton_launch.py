@@ -161,13 +161,15 @@ class Problem:
     @property
     def tolerance(self) -> float:
         """How far from 1 a row's mass may be before the step to its threshold; the last pass checks what that left."""
+        if self.alpha is None and self.alpha_value == 1.0:
+            return 1e6  # its step is exact
         return 1.0 if self.query.dtype != torch.float32 and self.alpha is None and self.alpha_value == 1.5 else 1e-3
 
     def constants(self, value: bool = False) -> dict[str, Any]:
         """The constants of a kernel, those of the values too if asked for."""
         dim, dim_v = self.query.shape[-1], self.value.shape[-1]
         constants = {
-            "ALPHA": {1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
+            "ALPHA": {1.0: 3, 1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
             "TILE": self.tile,
             "DIM": dim,
             "BLOCK_DIM": _padded(dim),

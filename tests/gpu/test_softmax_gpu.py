@@ -1,4 +1,4 @@
-"""On a GPU: softmax attention by SDPA and FlexAttention, and top-k softmax and adaptive temperature in row chunks."""
+"""On a GPU: softmax attention by SDPA and the kernels, and top-k softmax and adaptive temperature in row chunks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from test_baselines import dense_temperature, dense_topk
 from torch import Tensor
 
 from hf_asentmax import adaptive_temperature_attention, entmax_attention, topk_attention
-from hf_asentmax.ops import softmax
+from hf_asentmax.ops import attention
 from hf_asentmax.ops.attention import attention_from_intervals
 from hf_asentmax.ops.intervals import key_intervals
 
 pytestmark = pytest.mark.gpu
 
-# The largest relative Frobenius error against float64. On a CPU, where FlexAttention's dense definition rounds alike,
-# cases like these came to 1e-2, 1.3e-3 and 1.5e-6.
+# The largest relative Frobenius error against float64. FlexAttention's dense definition, which rounds alike, came to
+# 1e-2, 1.3e-3 and 1.5e-6 for cases like these.
 ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
 GIB = 2**30
 LONG = 65_536
@@ -35,16 +35,16 @@ def route(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
 
     def spy(name: str, label: str) -> None:
-        function = getattr(softmax, name)
+        function = getattr(attention, name)
 
         def recorded(*tensors: Any, **options: Any) -> Tensor:
             called.append(label)
             return function(*tensors, **options)
 
-        monkeypatch.setattr(softmax, name, recorded)
+        monkeypatch.setattr(attention, name, recorded)
 
-    spy("scaled_dot_product_attention", "sdpa")
-    spy("_flex", "flex")
+    spy("fused_softmax_attention", "sdpa")
+    spy("attend", "kernels")
     return called
 
 
@@ -119,7 +119,7 @@ MASKS: dict[str, dict[str, Any]] = {
 def test_softmax_on_a_gpu_with_scale_and_slopes(name: str, dtype: torch.dtype, route: list[str]) -> None:
     masks, leaves = MASKS[name], tensors(dtype, scale=True)
     ours = run(entmax_attention, leaves, alpha=1.0, alibi_slopes=slopes(8).cuda(), **to_gpu(masks))
-    assert route == ["flex"]
+    assert route == ["kernels"]
     expected = run(dense_attention, exact(leaves), alpha=1.0, alibi_slopes=slopes(8), **masks)
     assert_near(ours, expected, dtype)
     first, last = key_intervals(640, 640, **masks)
@@ -140,7 +140,7 @@ def test_softmax_on_a_gpu_of_packed_documents() -> None:
 def test_softmax_on_a_gpu_of_fewer_queries_than_keys(queries: int, route: list[str]) -> None:
     leaves = tensors(torch.bfloat16, T=queries, scale=True)
     ours = run(entmax_attention, leaves, alpha=1.0, alibi_slopes=slopes(8).cuda(), key_start=ints(0, 500).cuda())
-    assert route == ["flex"]
+    assert route == ["kernels"]
     options = {"alpha": 1.0, "alibi_slopes": slopes(8), "key_start": ints(0, 500)}
     assert_near(ours, run(dense_attention, exact(leaves), **options), torch.bfloat16)
 
@@ -149,8 +149,18 @@ def test_softmax_on_a_gpu_of_fewer_queries_than_keys(queries: int, route: list[s
 def test_softmax_on_a_gpu_of_other_head_dims(sizes: dict[str, int], route: list[str]) -> None:
     leaves = tensors(torch.float16, T=333, N=333, scale=True, **sizes)
     ours = run(entmax_attention, leaves, alpha=1.0, key_start=ints(0, 130).cuda())
-    assert route == ["flex"]
+    assert route == ["kernels"]
     assert_near(ours, run(dense_attention, exact(leaves), alpha=1.0, key_start=ints(0, 130)), torch.float16)
+
+
+def test_softmax_on_a_gpu_without_gradients_of_changing_batches_and_lengths() -> None:
+    for batch, length in ((64, 88), (63, 152), (20, 536), (7, 129), (64, 1)):
+        leaves = tensors(torch.bfloat16, B=batch, H=4, K=4, T=length, N=length, D=32)
+        with torch.no_grad():
+            out = entmax_attention(**leaves, alpha=1.0, alibi_slopes=slopes(4).cuda())
+        assert_near(
+            {"out": out}, {"out": dense_attention(**exact(leaves), alpha=1.0, alibi_slopes=slopes(4))}, out.dtype
+        )
 
 
 # Sizes and dtype of plain attention that a fused kernel of SDPA takes.
@@ -175,10 +185,10 @@ def test_softmax_on_a_gpu_plain_is_sdpa(case: str, route: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 8), (torch.bfloat16, 136), (torch.float64, 64)], ids=str)
-def test_softmax_on_a_gpu_of_what_no_kernel_takes(dtype: torch.dtype, dim: int, route: list[str]) -> None:
+def test_softmax_on_a_gpu_of_what_sdpa_does_not_take(dtype: torch.dtype, dim: int, route: list[str]) -> None:
     leaves = tensors(dtype, T=70, N=70, D=dim)
     out = entmax_attention(**leaves, alpha=1.0)
-    assert route == []
+    assert route == ["kernels"]
     error = {**ERROR, torch.float64: 1e-9}[dtype]
     torch.testing.assert_close(out.cpu().double(), dense_attention(**exact(leaves), alpha=1.0), rtol=error, atol=error)
 
@@ -274,7 +284,7 @@ def test_softmax_on_a_gpu_of_65536_tokens_with_scale_and_slopes(route: list[str]
 
     leaves = tensors(torch.bfloat16, T=LONG, N=LONG, scale=True)  # a query takes 128 MiB
     assert_long(attention, leaves, softmax_of, 3 * GIB, alibi)
-    assert set(route) == {"flex"}
+    assert set(route) == {"kernels"}
 
 
 @pytest.mark.parametrize(("dtype", "heads"), [(torch.bfloat16, 2), (torch.float32, 8)], ids=str)

@@ -24,7 +24,8 @@ class QueryScaleLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
 

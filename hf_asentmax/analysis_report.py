@@ -195,7 +195,7 @@ def _measure(model: Any, source: str, name: str, args: AnalysisArguments) -> tup
 
 def head_kinds(config: Any) -> list[str]:
     """What each head knows of positions: RoPE, NoPE or ALiBi."""
-    slopes = alibi_slopes(config.positions, config.num_attention_heads, torch.device("cpu"), config.nape_slope_base)
+    slopes = alibi_slopes(config.positions, config.num_attention_heads, torch.device("cpu"))
     if slopes is None:
         return [{"rope": "RoPE", "nope": "NoPE"}[config.positions]] * config.num_attention_heads
     return ["ALiBi" if slope > 0 else "NoPE" for slope in slopes.tolist()]

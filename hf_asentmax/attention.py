@@ -172,10 +172,7 @@ class ASEntmaxMixin(nn.Module):
         intervals = kwargs["attention_mask"] = _separate_documents(intervals, kwargs, check)
         n = (intervals[..., 1] - intervals[..., 0])[:, 0]
         scale, alpha = self.query_scale(hidden_states, n)
-        config = self.config
-        slopes = alibi_slopes(
-            config.positions, config.num_attention_heads, hidden_states.device, config.nape_slope_base
-        )
+        slopes = alibi_slopes(self.config.positions, self.config.num_attention_heads, hidden_states.device)
         if self.config.positions != "rope":  # the identity rotation
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))

@@ -38,8 +38,6 @@ class ASEntmaxConfigMixin:
         entmax_alpha_learned: learn one alpha a head, within (1.01, 2).
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax); see :class:`hf_asentmax.QueryScale`.
         positions: "rope" (the family's own), "nope", "alibi" or "nape" (half of the heads ALiBi, half NoPE).
-        nape_slope_base: slopes ``base^(1 - h)`` of the ALiBi heads h = 1, 2, ... of "nape"; None for the paper's
-            ``1 / h``, with which these heads see few tokens at the start of training.
         query_scale_delta: the constant part of r; 1 from scratch, 1 - ln 2 for r = 1 at the start of a converted model.
         query_scale_gamma_range: c, the bound of the exponent of log n.
         query_scale_length: the training length at which SSMax starts with r = 1; ``max_position_embeddings`` if None.
@@ -56,7 +54,6 @@ class ASEntmaxConfigMixin:
     entmax_alpha_learned: bool = False
     query_scaling: str = "adaptive"
     positions: str = "rope"
-    nape_slope_base: float | int | None = None
     query_scale_delta: float | int = 1.0
     query_scale_gamma_range: float | int = 2.0
     query_scale_length: int | None = None
@@ -79,12 +76,6 @@ class ASEntmaxConfigMixin:
         for name in ("query_scale_delta", "query_scale_gamma_range"):
             if not _is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}; try the default")
-        base = self.nape_slope_base
-        if base is not None and (not _is_number(base) or base <= 1 or self.positions != "nape"):
-            raise ValueError(
-                f'nape_slope_base must be a number above 1, with positions="nape", or None, got {base!r} with '
-                f"{self.positions!r}; try 2"
-            )
         for name in ("entmax_alpha_learned", "adaptive_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -36,7 +36,6 @@ _SETTINGS = (
     ("query_scale_gamma_range", "c (range of the exponent)"),
     ("query_scale_length", "length at which r starts at 1 (query scale `log`)"),
     ("positions", "positions"),
-    ("nape_slope_base", "base of the slopes"),
     ("num_hidden_layers", "layers"),
     ("hidden_size", "hidden size"),
     ("num_attention_heads", "heads"),

@@ -36,7 +36,6 @@ def patch_model(
     alpha: float | None = None,
     query_scaling: str | None = None,
     positions: str = "rope",
-    nape_slope_base: float | None = None,
     alpha_learned: bool | None = None,
     attention_top_k: int | None = None,
     query_scale_delta: float | None = None,
@@ -55,7 +54,6 @@ def patch_model(
         alpha: from 1 (softmax) to 2 (sparsemax).
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax).
         positions: "rope" keeps the family's own; "nope", "alibi" or "nape" replace them (and need training).
-        nape_slope_base: slopes ``base^(1 - h)`` of the ALiBi heads of "nape" in place of ``1 / h``.
         alpha_learned: learn one alpha a head, starting from ``alpha``.
         attention_top_k: softmax over so many keys a query.
         query_scale_delta: the constant part of r; by default 1 - ln 2, so that r = 1 everywhere at the start.
@@ -80,7 +78,6 @@ def patch_model(
     settings = method_settings(method) | {name: value for name, value in given.items() if value is not None}
     settings |= {
         "positions": positions,
-        "nape_slope_base": nape_slope_base,
         "query_scale_delta": NEUTRAL_DELTA if query_scale_delta is None else query_scale_delta,
         "query_scale_gamma_range": query_scale_gamma_range,
         "query_scale_length": query_scale_length,

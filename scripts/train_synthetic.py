@@ -46,9 +46,6 @@ class SyntheticArguments:
     )
     min_length: int = field(default=32, metadata={"help": "Shortest source in training, in tokens."})
     max_length: int = field(default=64, metadata={"help": "Longest source in training, in tokens."})
-    nape_slope_base: float | None = field(
-        default=None, metadata={"help": "ALiBi slopes 1, 1/base, 1/base^2, ... of nape; by default the paper's 1/h."}
-    )
     query_scale_delta: float = field(default=1.0, metadata={"help": "Constant part of the query scale."})
     lengths: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024],
@@ -78,7 +75,7 @@ def main() -> None:
     settings, checkpoint = begin_run(args, choice, run)
     alpha = run.target_alpha
     schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=alpha, target=alpha)
-    overrides = {"query_scale_delta": choice.query_scale_delta, "nape_slope_base": choice.nape_slope_base}
+    overrides = {"query_scale_delta": choice.query_scale_delta}
     overrides |= {} if schedule is None else {"entmax_alpha": schedule.start}
     overrides |= {} if run.query_scaling is None else {"query_scaling": run.query_scaling}
     model = build_synthetic_model(

@@ -10,7 +10,7 @@ from helpers import random_tokens, tiny_model
 from torch import Tensor
 
 import hf_asentmax.attention
-from hf_asentmax import ASEntmaxConfig, entmax, patch_model
+from hf_asentmax import entmax, patch_model
 from hf_asentmax.positions import alibi_slopes
 
 CPU = torch.device("cpu")
@@ -48,12 +48,6 @@ def test_nape_slopes_are_1_over_h_on_the_first_half(heads: int, expected: list[f
     torch.testing.assert_close(slopes, torch.tensor(expected), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("base", [2, 4.0])
-def test_nape_slopes_fall_by_their_base(base: float) -> None:
-    slopes = alibi_slopes("nape", 7, CPU, base)
-    torch.testing.assert_close(slopes, torch.tensor([1.0, 1 / base, base**-2, 0.0, 0.0, 0.0, 0.0]), rtol=1e-7, atol=0)
-
-
 @pytest.mark.parametrize("slope", [1 / 4, 1 / 8, 1 / 128])
 def test_entmax_sees_as_many_tokens_as_the_slope_says(slope: float) -> None:
     seen = (entmax(-slope * torch.arange(200.0, dtype=torch.float64), alpha=1.5) > 0).sum().item()
@@ -73,11 +67,9 @@ def test_slopes_are_made_on_the_device_asked_for(positions: str) -> None:
     assert slopes.shape == (6,)
 
 
-def attention_calls(
-    positions: str, monkeypatch: pytest.MonkeyPatch, base: float | None = None
-) -> list[tuple[Tensor, Tensor, dict]]:
+def attention_calls(positions: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, dict]]:
     """Query, key and options of every attention of a patched model, on the same token at every position."""
-    model = patch_model(tiny_model("llama"), positions=positions, nape_slope_base=base)
+    model = patch_model(tiny_model("llama"), positions=positions)
     for name, parameter in model.named_parameters():
         if ".query_scale." in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -116,18 +108,3 @@ def test_positions_reach_the_heads_that_they_name(
     rotated = positions == "rope"
     for x in (query, key):
         assert torch.allclose(x, x[:, :, :1].expand_as(x), atol=1e-6) != rotated
-
-
-def test_slope_base_reaches_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    for _, _, options in attention_calls("nape", monkeypatch, base=8):
-        torch.testing.assert_close(options["alibi_slopes"], torch.tensor([1.0, 1 / 8, 0.0, 0.0]))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"nape_slope_base": 1.0}, {"nape_slope_base": True}, {"nape_slope_base": float("inf")}, {"positions": "alibi"}],
-    ids=str,
-)
-def test_bad_slope_bases_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="nape_slope_base must be a number above 1"):
-        ASEntmaxConfig(**({"positions": "nape", "nape_slope_base": 2} | settings))

@@ -111,6 +111,9 @@ def build_synthetic_model(
 ) -> PreTrainedModel:
     """A model from scratch over a task's vocabulary, float32.
 
+    Its input embeddings are drawn from N(0, 1), `torch.nn.Embedding`'s own distribution, not with the config's
+    `initializer_range`: symbols that are nearly orthogonal from the start are told apart sooner (docs/recipe-log.md).
+
     Args:
         task: whose tokens it reads and writes.
         method: a key of :data:`hf_asentmax.METHODS`.
@@ -145,4 +148,7 @@ def build_synthetic_model(
     }
     config = CONFIG_CLASSES[family](**values | method_settings(method) | settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    embeddings.reset_parameters()
     return model

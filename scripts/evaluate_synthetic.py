@@ -25,7 +25,7 @@ from hf_asentmax.tasks import STREAMS, TASKS, load_task
 
 EXAMPLE = """
 examples:
-  python scripts/evaluate_synthetic.py --model runs/synthetic --dtype bfloat16 --output_dir runs/synthetic/test
+  python scripts/evaluate_synthetic.py --model runs/synthetic --bf16 --output_dir runs/synthetic/test
   two models, one picture:     ... --model runs/softmax runs/asentmax --output_dir runs/comparison
   to choose settings, quickly: ... --model runs/synthetic --stream validation --lengths 64 1024 --samples 100
   the demo's checkpoint:       ... --model runs/demo --lengths 32 512 8192
@@ -61,6 +61,7 @@ class Arguments:
     dtype: str = field(
         default="float32", metadata={"help": "Dtype of the weights.", "choices": ["float32", "bfloat16", "float16"]}
     )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 as training with --bf16 does (autocast)."})
     method: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the models in the results; by default the kind of their attention."},
@@ -83,16 +84,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, source, task in zip(names, args.model, tasks, strict=True):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
-        found = synthetic_ladder(
-            model,
-            task,
-            args.lengths,
-            samples=args.samples,
-            samples_beyond=args.samples_beyond,
-            batch_tokens=args.batch_tokens,
-            seed=args.seed,
-            stream=args.stream,
-        )
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            found = synthetic_ladder(
+                model,
+                task,
+                args.lengths,
+                samples=args.samples,
+                samples_beyond=args.samples_beyond,
+                batch_tokens=args.batch_tokens,
+                seed=args.seed,
+                stream=args.stream,
+            )
         own = {"model": source} if name is None else {"model": source, "method": name}
         rows += [row | own for row in found]
     if not is_main():

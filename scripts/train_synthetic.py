@@ -23,9 +23,9 @@ from hf_asentmax.tasks import TASKS, build_task, save_task
 
 EXAMPLE = """
 examples:
-  python scripts/train_synthetic.py --task mqmtar --max_steps 20000 --per_device_train_batch_size 1024 --bf16
-  a twin of another method:    ... --attention softmax --output_dir runs/softmax
-  its test ladder, once:       python scripts/evaluate_synthetic.py --model runs/synthetic --dtype bfloat16
+  the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
+  a twin of another method:           ... --attention softmax --output_dir runs/softmax
+  its test ladder, once:              python scripts/evaluate_synthetic.py --model runs/synthetic --bf16
 """
 
 
@@ -38,7 +38,7 @@ class SyntheticArguments:
         default=None, metadata={"help": "Options of the task as JSON, such as '{\"symbols\": 16}'; else its defaults."}
     )
     family: str = field(
-        default="llama",
+        default="qwen3",
         metadata={"help": "qwen3 normalises queries and keys, llama does not.", "choices": ["llama", "qwen3"]},
     )
     sizes: list[int] | None = field(
@@ -66,7 +66,7 @@ def main() -> None:
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(output_dir="runs/synthetic", logging_steps=100, save_steps=1000, save_total_limit=2)
-    parser.set_defaults(positions="nape", max_steps=20000, per_device_train_batch_size=1024, learning_rate=1e-3)
+    parser.set_defaults(positions="nape", max_steps=26000, per_device_train_batch_size=1024, learning_rate=1e-3)
     parser.set_defaults(lr_scheduler_type="cosine", warmup_steps=0.05, adam_beta2=0.99, report_to="none")
     parser.set_defaults(logging_nan_inf_filter=False)  # it waits for the device at every step
     choice, run, args = parser.parse_args_into_dataclasses()

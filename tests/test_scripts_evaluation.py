@@ -17,7 +17,7 @@ from retrieval_setup import VOCABULARY, byte_tokenizer, constant_model
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
 
-from hf_asentmax import patch_model
+from hf_asentmax import ladder, patch_model
 from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.perplexity import perplexity_by_length
 from hf_asentmax.retrieval import passkey
@@ -110,6 +110,22 @@ def test_evaluate_synthetic_compares_models_on_the_task_they_name(
     assert read(tmp_path / "results.json") == expected
     assert (tmp_path / "results.md").read_text(encoding="utf-8").strip() in capsys.readouterr().out
     assert (tmp_path / "ladder.png").read_bytes().startswith(PNG)
+
+
+def test_evaluate_synthetic_computes_as_training_did(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, bool, torch.dtype]] = []
+
+    def spy(model: Any, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        seen.append((model.dtype, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return synthetic_ladder(model, *arguments, **options)
+
+    monkeypatch.setattr(ladder, "synthetic_ladder", spy)
+    options = ["--lengths", 8, "--samples", 2, "--output_dir", tmp_path]
+    run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", "--bf16", *options)
+    run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", *options)
+    assert seen == [(torch.float32, True, torch.bfloat16), (torch.float32, False, torch.bfloat16)]
 
 
 def test_evaluate_synthetic_takes_another_task(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

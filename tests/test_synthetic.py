@@ -100,8 +100,10 @@ def test_task_stream_names_wrong_lengths(lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_synthetic_models_are_of_the_method_and_the_paper_s_sizes(method: str) -> None:
     task = build_task("copy")
-    config = build_synthetic_model(task, method, positions="nope", length=20).config
+    model = build_synthetic_model(task, method, positions="nope", length=20)
+    config = model.config
     assert method_name(config) == method
+    assert 0.9 < float(model.get_input_embeddings().weight.std()) < 1.1
     found = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
     assert found == SIZES["copy"]
     assert (config.head_dim, config.vocab_size, config.positions) == (16, task.vocab_size, "nope")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import pad
@@ -148,7 +148,5 @@ def build_synthetic_model(
     }
     config = CONFIG_CLASSES[family](**values | method_settings(method) | settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Embedding)
-    embeddings.reset_parameters()
+    torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)
     return model

@@ -45,10 +45,14 @@ def _attention(
     have support. The last two are empty unless the kernels are used and ``differentiable``."""
     nothing = query.new_empty(0)
     if uses_kernels(query):
+        from .triton_decode import kernel_decode, serves_decode
         from .triton_forward import kernel_forward
         from .triton_launch import Problem
 
         problem = Problem(query, key, value, first, last, query_scale, alibi_slopes, alpha, alpha_value, scaling)
+        if not differentiable and serves_decode(problem):
+            state = query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
+            return kernel_decode(problem), state, nothing, first.new_empty(0)
         out, state, mean, tiles = kernel_forward(problem, differentiable)
         if mean is None:
             return out, state, nothing, tiles.new_empty(0)

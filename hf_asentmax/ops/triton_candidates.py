@@ -21,6 +21,8 @@ from .triton_common import (
     HIDDEN,
     NOTHING,
     any_bit,
+    below,
+    depth,
     either,
     hide,
     key_tile_ranges,
@@ -87,8 +89,6 @@ def _candidates_kernel(
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, LANES: tl.constexpr,
     EXACT: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    BELOW: tl.constexpr = 0.0 if ALPHA == 0 or ALPHA == 3 else 1.0  # the threshold is at least max - BELOW
-    DEPTH: tl.constexpr = 104.0 if ALPHA == 3 else 1.0 if ALPHA == 0 else 0.0  # p = 0 below threshold - DEPTH
     BLOCK: tl.constexpr = ROWS * TILE
     STEP: tl.constexpr = TILES * TILE
     STEPS: tl.constexpr = 32 // TILES  # of a word
@@ -141,7 +141,7 @@ def _candidates_kernel(
             tiles = (steps + 1) * TILES - 1
             norm = tl.load(norms + tl.minimum(tiles, n_key_tiles - 1))
             bound = reach * norm + slope * (steps * STEP + STEP - 1 - origin).to(tl.float32)
-            floor = tl.min(tl.where(visible, threshold, NOTHING), 0) - DEPTH
+            floor = tl.min(tl.where(visible, threshold, NOTHING), 0) - depth(ALPHA)
             out_of_reach = word * STEPS + tl.sum((bound <= floor).to(tl.int32), 0)
             if out_of_reach > start:
                 start = out_of_reach
@@ -159,9 +159,9 @@ def _candidates_kernel(
             maxima = _class_maxima(x, BLOCK, TILES, CLASSES, LANES)
             best = tl.maximum(best, maxima)
             top = tl.max(maxima, 2) * kz[:, None]
-            threshold = tl.maximum(threshold, tl.max(top, 1) - BELOW)
+            threshold = tl.maximum(threshold, tl.max(top, 1) - below(ALPHA))
             place = (j % STEPS) * TILES + tl.arange(0, TILES)
-            bits |= 1 - (top <= threshold[:, None] - DEPTH).to(tl.int32) << place[None, :]  # NaN is to be seen
+            bits |= 1 - (top <= threshold[:, None] - depth(ALPHA)).to(tl.int32) << place[None, :]  # NaN is to be seen
         threshold, _ = _raise_bound(best, kz, threshold, e, 1, ALPHA, EXACT)
         tl.atomic_or(words + word, any_bit(tl.reduce(bits, 1, either), ROWS, TILE), mask=tile_rows < n_row_tiles)
         stop = next_stop

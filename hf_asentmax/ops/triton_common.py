@@ -162,6 +162,26 @@ def newton_step(mass, slope, e, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def below(ALPHA: tl.constexpr):
+    """A row's threshold is at least its largest z less this."""
+    if ALPHA == 0 or ALPHA == 3:
+        return 0.0
+    else:
+        return 1.0
+
+
+@triton.jit
+def depth(ALPHA: tl.constexpr):
+    """A key has the weight 0 from so far below the threshold on."""
+    if ALPHA == 3:
+        return 104.0
+    elif ALPHA == 0:
+        return 1.0
+    else:
+        return 0.0
+
+
+@triton.jit
 def hide(x, hidden, j, first_ptr, last_ptr, rows, T, WIDTH: tl.constexpr):
     """``hidden`` in place of x (rows, WIDTH) where a row may not see the key. Called under a branch, it loads the
     intervals anew: were they at hand, the compiler would run this for every tile, under a predicate."""
@@ -199,14 +219,20 @@ def excess(
 
 
 @triton.jit
+def compress(ptr, values, chosen):
+    """Write the chosen of some values one after the other; returns how many."""
+    bit = chosen.to(tl.int32)
+    tl.store(ptr + tl.cumsum(bit, 0) - 1, values, mask=chosen)
+    return tl.sum(bit, 0)
+
+
+@triton.jit
 def list_tiles(words_ptr, n_words, list_ptr, CHUNK: tl.constexpr):
     """Write down the key tiles whose bit is set, in order; returns how many."""
     count = 0
     for start in range(0, n_words * 32, CHUNK):
         j = start + tl.arange(0, CHUNK)
         word = tl.load(words_ptr + j // 32, mask=j < n_words * 32, other=0)
-        bit = (word >> (j % 32)) & 1
-        tl.store(list_ptr + count + tl.cumsum(bit, 0) - 1, j, mask=bit != 0)
-        count += tl.sum(bit, 0)
+        count += compress(list_ptr + count, j, (word >> (j % 32) & 1) != 0)
     tl.debug_barrier()
     return count

@@ -20,7 +20,7 @@ _LISTS_AT_ONCE = 1 << 24  # entries of the transient lists of tiles: 64 MiB
 # Sizes that change from call to call: Triton would compile anew for a 1 and for a multiple of 16, to no gain.
 SIZES = (
     "T", "N", "H", "GROUP", "HEADS_KV", "n_row_tiles", "n_key_tiles", "n_words", "interval_stride", "alpha_stride",
-    "first_head",
+    "first_head", "n_splits",
 )  # fmt: skip
 
 

@@ -133,6 +133,18 @@ def test_train_synthetic_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert row["accuracy"] > 70  # chance: 33
 
 
+def test_the_recipe_for_mqmtar_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its defaults on few words, one or two of which a sequence pairs: of one pair the model finds the value."""
+    task = ("--task", "mqmtar", "--task_options", '{"symbols": 6, "words": 12, "queries": 1}')
+    sizes = ("--sizes", "2", "64", "8", "128", "--per_device_train_batch_size", "64")
+    lengths = ("--min_length", "8", "--max_length", "16", "--lengths", "12", "--samples", "200")
+    budget = ("--max_steps", "250", "--learning_rate", "3e-3", "--save_strategy", "no")
+    results = train(tmp_path, *task, *sizes, *lengths, *budget, monkeypatch=monkeypatch)
+    (row,) = json.loads((tmp_path / "validation" / "results.json").read_text())
+    assert row["accuracy"] > 95
+    assert results["loss"] < 0.15  # 0.6 for a model that knows what an answer looks like and no more
+
+
 def test_train_synthetic_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--task", "copy", "--max_steps", "20", "--save_steps", "10", "--seed", "3", "--alpha_start", "1")
     train(tmp_path / "whole", *options, monkeypatch=monkeypatch)

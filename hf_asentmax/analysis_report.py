@@ -1,4 +1,4 @@
-"""What ``scripts/analyze.py`` does: runs models over inputs of several lengths, and writes tables and pictures."""
+"""What ``hf-asentmax plot`` does: runs models over inputs of several lengths, and writes tables and pictures."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ AUTO_CLASSES = {
     "AutoModel": "Model",
     "AutoModelForCausalLM": "ForCausalLM",
     "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
 }
 
 

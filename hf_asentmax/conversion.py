@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,9 +25,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_asentmax import CONFIG_CLASSES
+from .methods import METHODS
+from .options import option
 from .patching import patch_model
-from .scaling import QueryScale
-from .validation import DTYPE_BITS, INDEX, TensorEntry, check_checkpoint
+from .positions import POSITIONS
+from .scaling import QUERY_SCALINGS, QueryScale
+from .validation import DTYPE_BITS, INDEX, TensorEntry, check_checkpoint, check_weights_fit
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +42,45 @@ COMPANIONS = [
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COPY_BYTES = 1 << 24
+
+
+@dataclass
+class ConvertArguments:
+    """What to convert, and into what."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a softmax checkpoint: llama, mistral, qwen2/3, smollm3."})
+    output_dir: str = field(metadata={"help": "Folder to write: new or empty. It appears when it is whole."})
+    method: str = option("asentmax", "Decides what the options below leave open.", tuple(METHODS))
+    alpha: float | None = option(None, "1 is softmax, 2 sparsemax; the larger, the fewer keys keep a weight.")
+    alpha_learned: bool | None = option(None, "Learn one alpha a head, starting from --alpha.")
+    attention_top_k: int | None = option(None, "Keys that --method top_k keeps a query.")
+    query_scaling: str | None = option(
+        None, "Factor of the scores: adaptive (ASEntmax), static, log (SSMax) or none.", QUERY_SCALINGS
+    )
+    positions: str = option(
+        "rope", "rope keeps the model's own; nope, alibi or nape replace them and need much training.", POSITIONS
+    )
+    query_scale_delta: float | None = option(
+        None, "Constant part of the query scale; by default 1 - ln 2, to start at 1."
+    )
+
+
+def run_conversion(args: ConvertArguments) -> Iterator[str]:
+    """Convert a checkpoint; yields the texts to print. Raises as :func:`convert_checkpoint`."""
+    settings = asdict(args)
+    target = convert_checkpoint(settings.pop("model"), settings.pop("output_dir"), **settings)
+    yield "\n".join(f"{name:<24}{'of the method' if value is None else value}" for name, value in settings.items())
+    files = [f"{path.name:<44}{path.stat().st_size:>16,}" for path in sorted(target.iterdir())]
+    yield "\n".join([f"{'file':<44}{'bytes':>16}", *files])
+    how = "after `import hf_asentmax` or with trust_remote_code=True"
+    yield f"Load {args.output_dir} with {_auto_class(target)}, {how}."
+
+
+def _auto_class(folder: Path) -> str:
+    """The Auto class that builds what config.json names."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = {name.rpartition(".")[2]: auto for auto, name in config["auto_map"].items()}
+    return classes[config["architectures"][0]]
 
 
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], **settings: Any) -> Path:
@@ -139,27 +183,15 @@ def _plan(
 ) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
     """The new tensors by file, and the stored ones that the model has no place for."""
     place = {name: file for file, entries in files.items() for name in entries}
+    names = set(model.state_dict())
+    new = {name for name in names if ".query_scale." in name}
+    check_weights_fit(folder, model, files, absent=new)
     start = QueryScale(model.config).to(model.dtype).state_dict()
     additions: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-    expected = set()
-    for name, tensor in model.state_dict().items():
-        layer, separator, parameter = name.partition(".query_scale.")
-        if not separator:
-            expected.add(name)
-            if name in place and files[place[name]][name].shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"{name} in {folder / place[name]} must have shape {tuple(tensor.shape)} as config.json says, "
-                    f"got {files[place[name]][name].shape}; the two belong to different models"
-                )
-        elif f"{layer}.q_proj.weight" in place:
-            additions[place[f"{layer}.q_proj.weight"]][name] = start[parameter]
-    missing = sorted(expected - set(place) - set(model.all_tied_weights_keys))
-    if missing:
-        raise ValueError(
-            f"{folder} must hold every weight of {type(model).__name__}, but lacks {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if missing[3:] else ''}; download or save it again"
-        )
-    left_out = set(place) - expected
+    for name in new:
+        layer, _, parameter = name.partition(".query_scale.")
+        additions[place[f"{layer}.q_proj.weight"]][name] = start[parameter]
+    left_out = set(place) - (names - new)
     if left_out:
         logger.warning(f"Left out, since {type(model).__name__} has no such weights: {', '.join(sorted(left_out))}")
     return additions, left_out

@@ -101,3 +101,14 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if any(row["beyond_context"] for row in rows):
         text += ["", "\\* longer than the context that the model's config states (max_position_embeddings); not cut."]
     return "\n".join(text)
+
+
+def model_names(given: Sequence[str] | None, models: Sequence[str]) -> list[str | None]:
+    """What to call each model in the results; None, for all of them: by the kind of its attention.
+
+    Raises:
+        ValueError: not every model has a name.
+    """
+    if given and len(given) != len(models):
+        raise ValueError(f"method must name each of the {len(models)} models, got {list(given)!r}; name them all")
+    return list(given) if given else [None] * len(models)

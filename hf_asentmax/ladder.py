@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .evaluation import check_positive, evaluating, progress_bar, result_row
+from .evaluation import check_positive, evaluating, model_names, progress_bar, result_row, results_table
+from .options import DTYPES, option
+from .plots import write_report
 from .samples import draw_chunk, sample_chunks
-from .sharding import gathered, share
-from .tasks import IGNORED, RetrievalTask, sample_batch
+from .sharding import gathered, is_main, join_processes, share
+from .tasks import IGNORED, STREAMS, TASKS, RetrievalTask, load_task, sample_batch
 
 LENGTHS = tuple(64 * times for times in (1, 2, 4, 8, 16, 64, 256, 1024))  # to 65,536; 64 is trained on
 LONG = 4096  # tokens of a source; beyond it there are fewer samples
@@ -115,3 +119,64 @@ def synthetic_ladder(
         row = result_row(task.name, model, seed, length, list(map(bool, exact)), total)
         rows.append(row | {"stream": stream, "token_accuracy": 100 * fmean(tokens)})
     return rows
+
+
+@dataclass
+class LadderArguments:
+    """What to evaluate, and on what."""
+
+    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    task: str | None = option(None, "The task; by default the one of task.json.", sorted(TASKS))
+    task_options: str | None = option(
+        None, "Options of the task as JSON, such as '{\"values\": 10}'; else task.json's, else defaults."
+    )
+    lengths: list[int] = option(
+        list(LENGTHS), "Tokens of the source; special tokens, queries and the answer come on top."
+    )
+    samples: int = option(1000, "Samples at each length; 200 leave +-7 points, 1000 +-3.")
+    samples_beyond: int = option(200, "Samples beyond 4096 tokens, at most.")
+    stream: str = option("test", "What to draw from; choose settings on validation.", STREAMS[1:])
+    seed: int = option(0, "Seed of the samples; the same for every model.")
+    batch_tokens: int = option(1 << 15, "Tokens in a forward pass; changes memory, not the samples.")
+    dtype: str = option("float32", "Dtype of the weights.", DTYPES)
+    bf16: bool = option(False, "Compute in bfloat16 as training with --bf16 does (autocast).")
+    method: list[str] | None = option(
+        None, "Names of the models in the results; by default the kind of their attention."
+    )
+    output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
+
+
+def run_ladder(args: LadderArguments) -> Iterator[str]:
+    """Evaluate each model, and write the report; the main process yields the texts to print.
+
+    Raises:
+        ValueError: an argument doesn't fit, or no task is named.
+        OSError: a file is missing.
+    """
+    names = model_names(args.method, args.model)
+    options = json.loads(args.task_options) if args.task_options else None
+    tasks = [load_task(args.task, source, options) for source in args.model]
+
+    device = join_processes()
+    rows: list[dict[str, Any]] = []
+    for name, source, task in zip(names, args.model, tasks, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            found = synthetic_ladder(
+                model,
+                task,
+                args.lengths,
+                samples=args.samples,
+                samples_beyond=args.samples_beyond,
+                batch_tokens=args.batch_tokens,
+                seed=args.seed,
+                stream=args.stream,
+            )
+        own = {"model": source} if name is None else {"model": source, "method": name}
+        rows += [row | own for row in found]
+    if not is_main():
+        return
+    yield results_table(rows)
+    if args.output_dir:
+        title = f"{', '.join(dict.fromkeys(row['task'] for row in rows))}, {args.stream}"
+        yield f"written: {', '.join(map(str, write_report(rows, args.output_dir, title=title)))}"

@@ -124,7 +124,7 @@ def render_model_card(
     if "query_scaling" not in config:
         raise ValueError(
             f"model_type in {Path(folder) / 'config.json'} must be that of an ASEntmax model, got "
-            f"{config.get('model_type')!r}; convert the checkpoint first, with scripts/convert.py"
+            f"{config.get('model_type')!r}; convert the checkpoint first, with hf-asentmax convert"
         )
     for what, ids in (("base_model", [base_model] if base_model else []), ("datasets", datasets)):
         for item in ids:

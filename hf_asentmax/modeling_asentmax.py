@@ -6,18 +6,41 @@ there and in the config.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
 from transformers.models.mistral.modeling_mistral import (
     MistralForCausalLM,
     MistralForSequenceClassification,
+    MistralForTokenClassification,
     MistralModel,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3ForSequenceClassification, Qwen3Model
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
 from transformers.models.smollm3.modeling_smollm3 import (
     SmolLM3ForCausalLM,
     SmolLM3ForSequenceClassification,
+    SmolLM3ForTokenClassification,
     SmolLM3Model,
 )
 
@@ -54,6 +77,12 @@ class ASEntmaxLlamaForSequenceClassification(ASEntmaxModelMixin, LlamaForSequenc
     config_class = ASEntmaxLlamaConfig
 
 
+class ASEntmaxLlamaForTokenClassification(ASEntmaxModelMixin, LlamaForTokenClassification):
+    """`LlamaForTokenClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxLlamaConfig
+
+
 class ASEntmaxMistralModel(ASEntmaxModelMixin, MistralModel):
     """`MistralModel` with ASEntmax attention."""
 
@@ -68,6 +97,12 @@ class ASEntmaxMistralForCausalLM(ASEntmaxModelMixin, MistralForCausalLM):
 
 class ASEntmaxMistralForSequenceClassification(ASEntmaxModelMixin, MistralForSequenceClassification):
     """`MistralForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxMistralConfig
+
+
+class ASEntmaxMistralForTokenClassification(ASEntmaxModelMixin, MistralForTokenClassification):
+    """`MistralForTokenClassification` with ASEntmax attention."""
 
     config_class = ASEntmaxMistralConfig
 
@@ -90,6 +125,12 @@ class ASEntmaxQwen2ForSequenceClassification(ASEntmaxModelMixin, Qwen2ForSequenc
     config_class = ASEntmaxQwen2Config
 
 
+class ASEntmaxQwen2ForTokenClassification(ASEntmaxModelMixin, Qwen2ForTokenClassification):
+    """`Qwen2ForTokenClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxQwen2Config
+
+
 class ASEntmaxQwen3Model(ASEntmaxModelMixin, Qwen3Model):
     """`Qwen3Model` with ASEntmax attention."""
 
@@ -104,6 +145,12 @@ class ASEntmaxQwen3ForCausalLM(ASEntmaxModelMixin, Qwen3ForCausalLM):
 
 class ASEntmaxQwen3ForSequenceClassification(ASEntmaxModelMixin, Qwen3ForSequenceClassification):
     """`Qwen3ForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxQwen3Config
+
+
+class ASEntmaxQwen3ForTokenClassification(ASEntmaxModelMixin, Qwen3ForTokenClassification):
+    """`Qwen3ForTokenClassification` with ASEntmax attention."""
 
     config_class = ASEntmaxQwen3Config
 
@@ -126,6 +173,12 @@ class ASEntmaxSmolLM3ForSequenceClassification(ASEntmaxModelMixin, SmolLM3ForSeq
     config_class = ASEntmaxSmolLM3Config
 
 
+class ASEntmaxSmolLM3ForTokenClassification(ASEntmaxModelMixin, SmolLM3ForTokenClassification):
+    """`SmolLM3ForTokenClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxSmolLM3Config
+
+
 def register_auto_classes() -> None:
     """Makes ``AutoConfig`` and the ``AutoModel`` classes know every class of this module."""
     AutoConfig.register(ASEntmaxLlamaConfig.model_type, ASEntmaxLlamaConfig, exist_ok=True)
@@ -134,11 +187,15 @@ def register_auto_classes() -> None:
     AutoModelForSequenceClassification.register(
         ASEntmaxLlamaConfig, ASEntmaxLlamaForSequenceClassification, exist_ok=True
     )
+    AutoModelForTokenClassification.register(ASEntmaxLlamaConfig, ASEntmaxLlamaForTokenClassification, exist_ok=True)
     AutoConfig.register(ASEntmaxMistralConfig.model_type, ASEntmaxMistralConfig, exist_ok=True)
     AutoModel.register(ASEntmaxMistralConfig, ASEntmaxMistralModel, exist_ok=True)
     AutoModelForCausalLM.register(ASEntmaxMistralConfig, ASEntmaxMistralForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(
         ASEntmaxMistralConfig, ASEntmaxMistralForSequenceClassification, exist_ok=True
+    )
+    AutoModelForTokenClassification.register(
+        ASEntmaxMistralConfig, ASEntmaxMistralForTokenClassification, exist_ok=True
     )
     AutoConfig.register(ASEntmaxQwen2Config.model_type, ASEntmaxQwen2Config, exist_ok=True)
     AutoModel.register(ASEntmaxQwen2Config, ASEntmaxQwen2Model, exist_ok=True)
@@ -146,17 +203,22 @@ def register_auto_classes() -> None:
     AutoModelForSequenceClassification.register(
         ASEntmaxQwen2Config, ASEntmaxQwen2ForSequenceClassification, exist_ok=True
     )
+    AutoModelForTokenClassification.register(ASEntmaxQwen2Config, ASEntmaxQwen2ForTokenClassification, exist_ok=True)
     AutoConfig.register(ASEntmaxQwen3Config.model_type, ASEntmaxQwen3Config, exist_ok=True)
     AutoModel.register(ASEntmaxQwen3Config, ASEntmaxQwen3Model, exist_ok=True)
     AutoModelForCausalLM.register(ASEntmaxQwen3Config, ASEntmaxQwen3ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(
         ASEntmaxQwen3Config, ASEntmaxQwen3ForSequenceClassification, exist_ok=True
     )
+    AutoModelForTokenClassification.register(ASEntmaxQwen3Config, ASEntmaxQwen3ForTokenClassification, exist_ok=True)
     AutoConfig.register(ASEntmaxSmolLM3Config.model_type, ASEntmaxSmolLM3Config, exist_ok=True)
     AutoModel.register(ASEntmaxSmolLM3Config, ASEntmaxSmolLM3Model, exist_ok=True)
     AutoModelForCausalLM.register(ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(
         ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForSequenceClassification, exist_ok=True
+    )
+    AutoModelForTokenClassification.register(
+        ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForTokenClassification, exist_ok=True
     )
 
 

@@ -1,10 +1,17 @@
-"""What the scripts' argument classes are written with."""
+"""What the argument classes of the command lines are written with, and how their help is shown."""
 
 from __future__ import annotations
 
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of description and examples as they are."""
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:

@@ -48,8 +48,9 @@ def patch_model(
     ``ASEntmax<Family>...`` model: it saves, loads, generates and trains as one. Other models are left alone.
 
     Args:
-        model: a Transformers causal LM, base model or sequence classifier of a supported family. Patch the outermost
-            model, since an unpatched one around it would not save as ASEntmax; patch before adapters are added.
+        model: a Transformers causal LM, base model, or classifier of sequences or tokens, of a supported family. Patch
+            the outermost model, since an unpatched one around it would not save as ASEntmax; patch before adapters are
+            added.
         method: a key of :data:`hf_asentmax.METHODS`, whose values hold where the next arguments are left out.
         alpha: from 1 (softmax) to 2 (sparsemax).
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax).

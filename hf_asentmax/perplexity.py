@@ -7,7 +7,9 @@ of the same documents, so that a difference is the context's. Intervals are boot
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .sharding import gathered, is_main, share
+from .checkpoints import write_json
+from .data import load_documents
+from .options import DTYPES, option
+from .packing import token_lists
+from .sharding import gathered, is_main, join_processes, share
 
 LOGITS_AT_ONCE = 1 << 28  # float32 elements, 1 GiB: positions x vocabulary
 BOOTSTRAP_SAMPLES = 2000
@@ -128,3 +134,49 @@ def _interval(means: np.ndarray) -> dict[str, float]:
     draws = np.random.default_rng(0).integers(0, len(means), size=(BOOTSTRAP_SAMPLES, len(means)))
     low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
     return {"perplexity": math.exp(means.mean()), "low": math.exp(low), "high": math.exp(high)}
+
+
+@dataclass
+class PerplexityArguments:
+    """What to evaluate, and on what."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a causal language model."})
+    data: str = field(metadata={"help": "Held-out documents: a file, glob, folder or Hub dataset id, as for training."})
+    data_split: str = option("train", "Split of --data; files are the split 'train'.")
+    text_column: str = option("text", "Column with the text.")
+    lengths: list[int] = option([1024, 2048], "Context lengths in tokens, the scored ones included.")
+    scored_tokens: int = option(512, "Final tokens of each document that are scored, the same at every length.")
+    buckets: int = option(8, "Buckets of positions, at the longest length; 0: none.")
+    max_documents: int | None = option(None, "Use the first so many long enough documents.")
+    dtype: str = option("float32", "Dtype of the weights.", DTYPES)
+    output: str | None = option(None, "JSON file for the results.")
+
+
+def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
+    """Evaluate, and write the results; the main process yields the table to print.
+
+    Raises:
+        ValueError: the documents are too short, or an argument doesn't fit.
+        OSError: a file is missing.
+    """
+    documents = load_documents(args.data, split=args.data_split, column=args.text_column)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    enough = [ids for ids in token_lists(documents, tokenizer, args.text_column) if len(ids) >= max(args.lengths)]
+    enough = enough[: args.max_documents]
+
+    device = join_processes()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+    by_length = perplexity_by_length(model, enough, args.lengths, scored=args.scored_tokens)
+    by_position = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets) if args.buckets else []
+    if not is_main():
+        return
+    line = "{:>13} {:>11} {:>9} {:>9} {:>10}".format
+    lines = [line("length", "perplexity", "95 % low", "high", "documents")]
+    for row in by_length + by_position:
+        where = row.get("length") or f"{row['first']}-{row['last']}"
+        lines.append(line(where, *(f"{row[name]:.2f}" for name in ("perplexity", "low", "high")), row["documents"]))
+    yield "\n".join(lines)
+    if args.output:
+        path = Path(args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"settings": asdict(args), "by_length": by_length, "by_position": by_position})

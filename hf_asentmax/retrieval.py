@@ -8,15 +8,24 @@ are those of :func:`hf_asentmax.evaluation.result_row`. Lengths beyond the model
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .evaluation import check_positive, evaluating, progress_bar, result_row
+from .evaluation import check_positive, evaluating, model_names, progress_bar, result_row, results_table
 from .haystack import Prompt, filler_sentences, needle_prompt, passkey_prompt, read_sentences
-from .sharding import gathered, share
+from .options import DTYPES, option
+from .plots import write_report
+from .sharding import gathered, is_main, join_processes, share
 
 SPARE_TOKENS = 8  # generated beyond the answer's own: a newline before it, digits too many after it
 # Beside do_sample what a checkpoint may say about sampling, which would be warned of.
@@ -134,3 +143,49 @@ def _hits(
             hits.append(right(str(text), prompt.answer))
             bar.update()
     return gathered(hits)
+
+
+@dataclass
+class RetrievalArguments:
+    """What to evaluate, and on what."""
+
+    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    task: str = option("needle", "What to retrieve.", ("needle", "passkey"))
+    lengths: list[int] = option([512, 1024, 2048], "Tokens of prompt and answer together, at most.")
+    depths: list[float] = option(
+        [0.0, 25.0, 50.0, 75.0, 100.0], "needle: where it is hidden, in %% of the text. passkey hides it anywhere."
+    )
+    samples: int = option(20, "Samples in each cell; 20 leave +-20 points, 1000 leave +-3.")
+    haystack: str | None = option(None, "Text file to hide the number in; by default simple generated sentences.")
+    method: list[str] | None = option(
+        None, "Names of the models in the results; by default the kind of their attention."
+    )
+    seed: int = option(0, "Seed of the samples; the same for every model.")
+    dtype: str = option("float32", "Dtype of the weights.", DTYPES)
+    output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
+
+
+def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
+    """Evaluate each model, and write the report; the main process yields the texts to print.
+
+    Raises:
+        ValueError: an argument doesn't fit.
+        OSError: a file is missing.
+    """
+    names = model_names(args.method, args.model)
+    device = join_processes()
+    rows: list[dict[str, Any]] = []
+    for name, source in zip(names, args.model, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if args.task == "passkey":
+            found = passkey(model, tokenizer, args.lengths, samples=args.samples, seed=args.seed)
+        else:
+            hay: dict[str, Any] = {"samples": args.samples, "haystack": args.haystack, "seed": args.seed}
+            found = needle(model, tokenizer, args.lengths, args.depths, **hay)
+        rows += [row if name is None else row | {"method": name} for row in found]
+    if not is_main():
+        return
+    yield results_table(rows)
+    if args.output_dir:
+        yield f"written: {', '.join(map(str, write_report(rows, args.output_dir, title=args.task)))}"

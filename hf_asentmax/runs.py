@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .checkpoints import claim_output_dir, write_json
 from .losses import LOSSES, output_loss
 from .methods import METHODS, method_settings
+from .options import HelpFormatter as HelpFormatter
 from .options import option
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
@@ -38,10 +38,6 @@ INFLUENTIAL = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2",
     "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of description and examples as they are."""
 
 
 @dataclass

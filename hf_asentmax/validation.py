@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +125,40 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     return config, files
 
 
+def check_weights_fit(
+    folder: str | os.PathLike[str],
+    model: Any,
+    files: Mapping[str, Mapping[str, TensorEntry]],
+    *,
+    absent: Collection[str] = (),
+) -> None:
+    """Checks that a checkpoint's files hold every weight of a model in its shape; tied ones may be left out.
+
+    Args:
+        folder: the checkpoint, for the messages.
+        model: a Transformers model, possibly without storage.
+        files: the tensors of each weight file, as :func:`check_checkpoint` gives them.
+        absent: names of weights that need not be there.
+
+    Raises:
+        ValueError: some are missing, or one has another shape; the message names them.
+    """
+    place = {name: file for file, entries in files.items() for name in entries}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in absent}
+    for name, shape in expected.items():
+        if name in place and files[place[name]][name].shape != shape:
+            raise ValueError(
+                f"{name} in {Path(folder) / place[name]} must have shape {shape} as config.json says, "
+                f"got {files[place[name]][name].shape}; the two belong to different models"
+            )
+    missing = sorted(set(expected) - set(place) - set(model.all_tied_weights_keys))
+    if missing:
+        raise ValueError(
+            f"{folder} must hold every weight of {type(model).__name__}, but lacks {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if missing[3:] else ''}; {_AGAIN}"
+        )
+
+
 def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value == Path(value).name
 
@@ -140,7 +175,7 @@ def check_asentmax_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not model_type.startswith("asentmax_"):
         raise ValueError(
             f"model_type in {folder / 'config.json'} must be that of an ASEntmax model, got {model_type!r}; "
-            "convert the checkpoint first, with scripts/convert.py"
+            "convert the checkpoint first, with hf-asentmax convert"
         )
     code = folder / f"modeling_{model_type}.py"
     if not code.is_file():

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds sdist and wheel, installs the wheel into an environment that cannot see this checkout, and there, from another
-# folder, patches a tiny Llama, saves it and reloads it. PYTHON names an environment with the dependencies and `build`.
+# folder, patches a tiny Llama, saves it, reloads it and inspects it with the command line. PYTHON names an environment
+# with the dependencies and `build`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -68,3 +69,8 @@ if not torch.equal(actual, expected):
     sys.exit(f"reloaded logits must be identical, differ by {(actual - expected).abs().max().item()}")
 print(f"wheel {version('hf_asentmax')}: patched, saved and reloaded as {type(reloaded).__name__}, identical logits")
 PYTHON
+HF_HUB_OFFLINE=1 HF_HOME=$work/home "$work/venv/bin/hf-asentmax" inspect checkpoint >inspected
+grep -q 'yes, 1 file, whole' inspected || {
+  echo "hf-asentmax inspect must find the checkpoint whole, did not" >&2
+  exit 1
+}

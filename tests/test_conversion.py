@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -93,7 +94,11 @@ def test_conversion_honours_every_setting(settings: dict[str, Any], tmp_path: Pa
     assert_same_checkpoint(tmp_path / "converted", tmp_path / "patched")
 
 
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification], ids=["base", "classifier"])
+@pytest.mark.parametrize(
+    "auto",
+    [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification],
+    ids=["base", "classifier", "tagger"],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversion_keeps_class_and_dtype(auto: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     auto.from_config(tiny_config("mistral"), dtype=dtype).save_pretrained(tmp_path / "native")

@@ -19,7 +19,13 @@ from helpers import TOLERANCE, random_tokens, tiny_config
 from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import hf_asentmax
 import hf_asentmax.attention
@@ -105,14 +111,14 @@ def test_model_with_tied_embeddings_reloads(family: str, tokens: torch.Tensor, t
 
 @pytest.mark.parametrize("family", FOUND)
 @torch.no_grad()
-def test_model_base_and_classifier_reload(family: str, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_model_base_and_classifiers_reload(family: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     config = patch_model(native_model(family)).config
-    for auto in (AutoModel, AutoModelForSequenceClassification):
+    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
         model = randomize_scale(auto.from_config(config)).eval()
         model.save_pretrained(tmp_path / auto.__name__)
         again, report = auto.from_pretrained(tmp_path / auto.__name__, output_loading_info=True)
         assert not any(report.values())
-        assert type(again) is type(model)
+        assert type(again) is type(model) is getattr(hf_asentmax, type(model).__name__)
         assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
@@ -203,7 +209,8 @@ def test_model_config_round_trip(tmp_path: Path) -> None:
         assert settings_of(again) == settings_of(config) == settings_of(type(config)(**config.to_dict()))
         saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
         assert saved["attn_implementation"] == "asentmax"
-        assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} < set(saved["auto_map"])
+        classes = [name.split(".")[1] for name in saved["auto_map"].values()]
+        assert set(classes) == {name for name in hf_asentmax.__all__ if name.startswith(type(config).__name__[:-6])}
 
 
 # What attention computes
@@ -489,7 +496,8 @@ def test_model_exports(tokens: torch.Tensor) -> None:
 def test_model_declares_no_other_attention(family: str) -> None:
     """An engine that reads these would put its own softmax in."""
     model = patch_model(native_model(family))
-    for part in (model, model.model, AutoModelForSequenceClassification.from_config(model.config)):
+    autos = (AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    for part in (model, model.model, *(auto.from_config(model.config) for auto in autos)):
         assert part.config._attn_implementation == "asentmax"
         for flag in ("sdpa", "flash_attn", "flex_attn", "attention_backend"):
             assert getattr(part, f"_supports_{flag}") is False, flag

@@ -114,6 +114,7 @@ def test_softmax_other_implementations_raise_at_load(name: str, saved: Path) -> 
         lambda: AutoModelForCausalLM.from_pretrained(saved, attn_implementation={"": name}),
         lambda: AutoModel.from_pretrained(saved, attn_implementation=name),
         lambda: AutoModelForSequenceClassification.from_pretrained(saved, attn_implementation=name),
+        lambda: AutoModelForTokenClassification.from_pretrained(saved, attn_implementation=name),
         lambda: AutoModelForCausalLM.from_config(config, attn_implementation=name),
         lambda: AutoModelForCausalLM.from_pretrained(
             saved, config=AutoConfig.from_pretrained(saved, attn_implementation=name)

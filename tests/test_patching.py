@@ -10,7 +10,13 @@ import pytest
 import torch
 from helpers import FAMILIES, TOLERANCE, random_tokens, tiny_config, tiny_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 import hf_asentmax
 from hf_asentmax import ASEntmaxForCausalLM, patch_model, set_alpha, unpatch_model
@@ -104,14 +110,19 @@ def test_unpatch_turns_a_loaded_checkpoint_into_the_native_model(
 
 
 @pytest.mark.parametrize("family", FOUND)
-@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification], ids=["base", "classifier"])
+@pytest.mark.parametrize(
+    "auto",
+    [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification],
+    ids=["base", "classifier", "tagger"],
+)
 def test_patch_takes_base_models_and_classifiers(auto: Any, family: str, tokens: torch.Tensor) -> None:
     model = auto.from_config(tiny_config(family)).eval()
     expected = model(tokens)[0]
     patch_model(model, alpha=1.0, query_scaling="none")
     assert type(model) is type(auto.from_config(model.config))
     torch.testing.assert_close(model(tokens)[0], expected, **CLOSE)
-    assert torch.equal(unpatch_model(model)(tokens)[0], expected)
+    assert type(unpatch_model(model)) is type(auto.from_config(tiny_config(family)))
+    assert torch.equal(model(tokens)[0], expected)
 
 
 @pytest.mark.parametrize("family", FOUND)

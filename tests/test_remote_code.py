@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -79,14 +80,14 @@ import shutil
 from pathlib import Path
 import torch
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, pipeline)
+                          AutoModelForTokenClassification, AutoTokenizer, pipeline)
 
 folder = Path(sys.argv[1])
 tokens = torch.load(folder / "tokens.pt")
 out = {}
 with torch.no_grad():
     for family in sys.argv[2:]:
-        causal, classifier = folder / family / "causal", folder / family / "classifier"
+        causal, classifier, tagger = (folder / family / name for name in ("causal", "classifier", "tagger"))
         trust = {"trust_remote_code": True}
         config = AutoConfig.from_pretrained(causal, **trust)
         assert config.model_type == f"asentmax_{family}", config.model_type
@@ -96,6 +97,7 @@ with torch.no_grad():
             "logits": model(tokens).logits,
             "hidden": AutoModel.from_pretrained(causal, **trust).eval()(tokens).last_hidden_state,
             "scores": AutoModelForSequenceClassification.from_pretrained(classifier, **trust).eval()(tokens).logits,
+            "tags": AutoModelForTokenClassification.from_pretrained(tagger, **trust).eval()(tokens).logits,
         }
         generate = pipeline("text-generation", model=str(causal), **trust)
         out[family]["text"] = generate("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
@@ -115,9 +117,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     for family in FAMILIES:
         randomised(tiny_model(family)).save_pretrained(folder / family / "causal")
         save_tokenizer(folder / family / "causal")
-        torch.manual_seed(1)
-        classifier = AutoModelForSequenceClassification.from_config(tiny_config(family, num_labels=3))
-        randomised(classifier).save_pretrained(folder / family / "classifier")
+        for name, auto in (
+            ("classifier", AutoModelForSequenceClassification),
+            ("tagger", AutoModelForTokenClassification),
+        ):
+            torch.manual_seed(1)
+            randomised(auto.from_config(tiny_config(family, num_labels=3))).save_pretrained(folder / family / name)
     run_clean(CLEAN_LOAD, folder, *FAMILIES, folder=folder / "environment")
     return folder, torch.load(folder / "out.pt")
 
@@ -128,10 +133,12 @@ def test_checkpoint_computes_the_same_without_the_package(loaded: Loaded, family
     model = AutoModelForCausalLM.from_pretrained(folder / "causal").eval()
     assert isinstance(model, getattr(hf_asentmax, type(model).__name__))
     classifier = AutoModelForSequenceClassification.from_pretrained(folder / "classifier").eval()
+    tagger = AutoModelForTokenClassification.from_pretrained(folder / "tagger").eval()
     with torch.no_grad():
         torch.testing.assert_close(outputs["logits"], model(TOKENS).logits, rtol=0, atol=0)
         torch.testing.assert_close(outputs["hidden"], model.model(TOKENS).last_hidden_state, rtol=0, atol=0)
         torch.testing.assert_close(outputs["scores"], classifier(TOKENS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(outputs["tags"], tagger(TOKENS).logits, rtol=0, atol=0)
         torch.testing.assert_close(outputs["again"], outputs["logits"], rtol=0, atol=0)
         generated = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     words = [f"w{token}" for token in generated[0].tolist() if token > 2]

@@ -74,7 +74,7 @@ def test_evaluate_perplexity_writes_what_it_prints(
 def test_evaluate_perplexity_names_the_remedy_where_documents_are_short(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="lower the lengths or give longer documents"):
+    with pytest.raises(SystemExit, match="error: .*lower the lengths or give longer documents"):
         run(monkeypatch, "evaluate_perplexity", "--model", inputs / "letters", "--data", inputs / "texts.jsonl")
 
 
@@ -142,7 +142,7 @@ def test_evaluate_synthetic_asks_for_the_task_before_it_evaluates(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_asentmax.ladder.synthetic_ladder", lambda *_, **__: pytest.fail("evaluated"))
-    with pytest.raises(ValueError, match="task must be named where .*letters.*task.json is missing"):
+    with pytest.raises(SystemExit, match="error: task must be named where .*letters.*task.json is missing"):
         run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", inputs / "letters")
 
 

@@ -7,6 +7,7 @@ The own model type keeps ``Auto`` classes from building a softmax model out of a
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,6 +29,17 @@ AUTO_CLASSES = {
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _extend_peft_defaults(model_type: str, family: str) -> None:
+    """PEFT's default target modules of a family hold for our model type too, in the tables of all its methods.
+
+    Does nothing where PEFT isn't imported, or has no default for the family.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in () if constants is None else list(vars(constants).items()):
+        if name.endswith("_MODULES_MAPPING") and family in table:
+            table.setdefault(model_type, table[family])
 
 
 @dataclass(kw_only=True, repr=False)
@@ -127,6 +139,8 @@ class ASEntmaxConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """As the family's, with what a loader must know: the attention implementation, and where the code lies."""
+        # PEFT takes the model type from here each time that it looks up a default: whichever was imported first.
+        _extend_peft_defaults(self.model_type, self.family)  # type: ignore[attr-defined]
         output = super().to_dict()  # type: ignore[misc]
         module, prefix = f"modeling_asentmax_{self.family}", type(self).__name__.removesuffix("Config")
         output["attn_implementation"] = "asentmax"

@@ -16,18 +16,24 @@ LEARNED_ALPHA_RANGE = (1.01, 2.0)
 NEUTRAL_DELTA = 1.0 - math.log(2.0)  # with zero weights r = delta + softplus(0) = 1: the start of a converted model
 
 
-class QueryScaleLinear(nn.Linear):
+class QueryScaleLinear(nn.Module):
     """One number per head from the layer's input, in float32 whatever the dtype of the weights.
 
-    A class of its own so that Transformers' weight initialisation can tell it from the model's other projections.
+    No `nn.Linear`, so that what is done to every linear layer of a model leaves it alone: Transformers' weight
+    initialisation, quantization, PEFT's "all-linear" (DoRA divides by the norms of the weights, zero at the start).
     """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # takes from the seed what nn.Linear would
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(input.float(), self.weight.float(), bias)
+            return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 
 class QueryScale(nn.Module):

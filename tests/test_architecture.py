@@ -22,7 +22,18 @@ LAYERS = (
 )
 
 # Installed by extras only. A module of metrics is loaded by `evaluate`, which is then there.
-EXTRAS = ("accelerate", "adasplash", "datasets", "entmax", "evaluate", "matplotlib", "peft")
+EXTRAS = (
+    "accelerate",
+    "adasplash",
+    "datasets",
+    "entmax",
+    "evaluate",
+    "lm_eval",
+    "matplotlib",
+    "peft",
+    "torchao",
+    "trl",
+)
 
 # Times with triton.testing, imported where there is a GPU to time.
 TIMING = "hf_asentmax.benchmark.timing"

@@ -1,0 +1,102 @@
+"""torchao's 8-bit weights in ASEntmax models: every linear layer but the query scale, which stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TOLERANCE, random_tokens
+from peft import LoraConfig, get_peft_model
+from test_patching import FOUND, entmax_model, native_model, randomize_scale
+from torch import nn
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+from hf_asentmax import patch_model
+
+pytest.importorskip("torchao")  # one of `make test`'s; no other test needs it
+
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
+
+CLOSE = TOLERANCE[torch.float32]
+TOKENS = random_tokens(2, 13)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model.eval()(TOKENS).logits
+
+
+def quantized_names(model: nn.Module) -> set[str]:
+    return {name for name, x in model.named_parameters() if isinstance(x.data, TorchAOBaseTensor)}
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    return {f"{name}.weight" for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))}
+
+
+def dequantized(model: Any) -> Any:
+    """A copy with the same values in ordinary weights."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(getattr(module, "weight", None), TorchAOBaseTensor):
+            module.weight = nn.Parameter(module.weight.dequantize())
+    return plain
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_quantization_leaves_the_query_scale_alone(family: str) -> None:
+    model = entmax_model(family)
+    before, scales = logits_of(model), {n: x.clone() for n, x in model.named_parameters() if ".query_scale." in n}
+    quantize_(model, Int8WeightOnlyConfig())
+    assert quantized_names(model) == linear_names(model)
+    assert scales
+    assert all(torch.equal(x, scales[name]) for name, x in model.named_parameters() if ".query_scale." in name)
+    found = logits_of(model)
+    torch.testing.assert_close(found, logits_of(dequantized(model)), **CLOSE)
+    assert 0 < (found - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_quantized_softmax_model_can_be_converted() -> None:
+    model, plain = native_model("llama"), native_model("llama")
+    quantize_(model, Int8WeightOnlyConfig())
+    plain.load_state_dict(dequantized(model).state_dict())
+    expected = logits_of(randomize_scale(patch_model(plain)))
+    randomize_scale(patch_model(model))
+    assert quantized_names(model) == linear_names(model)
+    torch.testing.assert_close(logits_of(model), expected, **CLOSE)
+
+
+def test_quantization_at_load_saves_and_generates(tmp_path: Path) -> None:
+    model = entmax_model()
+    model.save_pretrained(tmp_path / "model")
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
+    assert type(loaded) is type(model)
+    assert quantized_names(loaded) == linear_names(loaded) - {"lm_head.weight"}  # Transformers' own exception
+    expected = logits_of(loaded)
+    torch.testing.assert_close(expected, logits_of(dequantized(loaded)), **CLOSE)
+    generated = loaded.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, dequantized(loaded).generate(TOKENS, max_new_tokens=4, do_sample=False))
+    loaded.save_pretrained(tmp_path / "int8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert quantized_names(again) == quantized_names(loaded)
+    assert torch.equal(logits_of(again), expected)
+
+
+def test_quantized_model_trains_an_adapter_and_its_query_scale(tmp_path: Path) -> None:
+    entmax_model().save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    before = logits_of(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["query_scale"]))
+    assert torch.equal(logits_of(model), before)
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    assert all("lora_" in name or ".query_scale.modules_to_save." in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    assert not torch.allclose(logits_of(model), before, **CLOSE)

@@ -27,6 +27,11 @@ AUTO_CLASSES = {
 }
 
 
+def auto_class(architecture: str) -> str:
+    """The Auto class that builds a model class of this package, both by name."""
+    return next(auto for auto, suffix in AUTO_CLASSES.items() if architecture.endswith(suffix))
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_asentmax import CONFIG_CLASSES
+from .configuration_asentmax import CONFIG_CLASSES, auto_class
 from .methods import METHODS
 from .options import option
 from .patching import patch_model
@@ -73,14 +73,8 @@ def run_conversion(args: ConvertArguments) -> Iterator[str]:
     files = [f"{path.name:<44}{path.stat().st_size:>16,}" for path in sorted(target.iterdir())]
     yield "\n".join([f"{'file':<44}{'bytes':>16}", *files])
     how = "after `import hf_asentmax` or with trust_remote_code=True"
-    yield f"Load {args.output_dir} with {_auto_class(target)}, {how}."
-
-
-def _auto_class(folder: Path) -> str:
-    """The Auto class that builds what config.json names."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classes = {name.rpartition(".")[2]: auto for auto, name in config["auto_map"].items()}
-    return classes[config["architectures"][0]]
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    yield f"Load {args.output_dir} with {auto_class(config['architectures'][0])}, {how}."
 
 
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], **settings: Any) -> Path:

@@ -13,10 +13,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
+from .configuration_asentmax import auto_class
 from .validation import check_checkpoint
 
 PAPER = "2506.16640"
 TAGS = ["asentmax", "entmax", "sparse-attention", "long-context", f"arxiv:{PAPER}"]
+_PIPELINES = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 _PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 
 _SCALE_FORMULAS = {
@@ -135,15 +142,16 @@ def render_model_card(
                     f"{what} must be an id on the Hub, got {item!r}; name anything else in training"
                 ) from error
     rows = [_Row(result, number) for number, result in enumerate(results)]
+    loader = auto_class(config["architectures"][0])
     title = title or Path(folder).resolve().name
     card_data = ModelCardData(
         base_model=base_model,
         datasets=list(datasets) or None,
-        eval_results=_eval_results(rows) or None,
+        eval_results=_eval_results(rows, _PIPELINES[loader]) or None,
         library_name="transformers",
         license=license,
         model_name=title,
-        pipeline_tag="text-generation",
+        pipeline_tag=_PIPELINES[loader],
         tags=list(TAGS),
     )
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
@@ -154,6 +162,7 @@ def render_model_card(
         title=title,
         name=name or title,
         family=str(config["model_type"]).removeprefix("asentmax_"),
+        auto_class=loader,
         alpha=config["entmax_alpha"],
         scale_formula=_SCALE_FORMULAS[config["query_scaling"]],
         settings=[*settings, ("parameters", f"{count:,}")],
@@ -195,11 +204,11 @@ def _mean(rows: Sequence[_Row]) -> float:
     return round(sum(row.value for row in rows) / len(rows), 6)
 
 
-def _eval_results(rows: list[_Row]) -> list[EvalResult]:
+def _eval_results(rows: list[_Row], pipeline: str) -> list[EvalResult]:
     ours = [row for row in rows if row.method.lower().startswith("asentmax")]
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline,
             task_name=task,
             dataset_type="generated",
             dataset_name=f"{task}, {length} tokens",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from clean_environment import run_clean
 from helpers import random_tokens, tiny_model
 from hub_stand_in import HubStandIn
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_asentmax
+from hf_asentmax import ASEntmaxConfig
 from hf_asentmax.hub import check_asentmax_checkpoint, plan_upload, push, write_model_card
 
 WEIGHTS = "model.safetensors"
@@ -60,6 +62,22 @@ RESULTS: list[dict[str, Any]] = [
     {"method": "asentmax", "task": "passkey", "seed": 0, "length": 64, "accuracy": 1, "samples": 64},
     {"method": "asentmax", "task": "prose", "length": 512, "metric": "perplexity", "perplexity": 12.345},
 ]
+
+
+@pytest.mark.parametrize(
+    ("head", "pipeline"),
+    [("", "feature-extraction"), ("ForSequenceClassification", "text-classification")]
+    + [("ForTokenClassification", "token-classification")],
+)
+def test_card_is_of_the_model_s_class(head: str, pipeline: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16}
+    config = ASEntmaxConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+    auto = getattr(transformers, f"AutoModel{head}")
+    auto.from_config(config).save_pretrained(tmp_path)
+    card = ModelCard.load(write_model_card(tmp_path))
+    assert card.data.to_dict()["pipeline_tag"] == pipeline
+    assert f"model = AutoModel{head}.from_pretrained(folder, trust_remote_code=True)" in card.text
+    assert "generate" not in card.text
 
 
 def test_card_holds_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
@@ -166,6 +184,7 @@ AutoModelForCausalLM.from_pretrained(folder).push_to_hub("me/direct")
 
 PULL = """
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM
 folder, out = sys.argv[1:]

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -146,8 +146,8 @@ def test_bad_family_is_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=64))
     with refused(model, ValueError, "LlamaForCausalLM.*MistralForCausalLM.*got GPT2LMHeadModel"):
         patch_model(model)
-    headed = AutoModelForTokenClassification.from_config(tiny_config("llama"))
-    with refused(headed, ValueError, "got LlamaForTokenClassification"):
+    headed = AutoModelForQuestionAnswering.from_config(tiny_config("llama"))
+    with refused(headed, ValueError, "got LlamaForQuestionAnswering"):
         patch_model(headed)
 
     class Own(LlamaForCausalLM):

@@ -22,7 +22,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .checkpoints import claim_output_dir, write_json
 from .losses import LOSSES, output_loss
 from .methods import METHODS, method_settings
-from .options import HelpFormatter as HelpFormatter
 from .options import option
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha

@@ -15,7 +15,7 @@ from __future__ import annotations
 from transformers import HfArgumentParser
 
 from hf_asentmax.benchmark.command import BenchmarkArguments, run_benchmark
-from hf_asentmax.runs import HelpFormatter
+from hf_asentmax.options import HelpFormatter
 
 EXAMPLE = """
 examples:

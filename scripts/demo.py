@@ -10,7 +10,7 @@ from __future__ import annotations
 from transformers import HfArgumentParser
 
 from hf_asentmax.demo import DemoArguments, answer_prompts, run_demo
-from hf_asentmax.runs import HelpFormatter
+from hf_asentmax.options import HelpFormatter
 
 EXAMPLE = """
 examples:

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 from hf_asentmax.adapters import add_lora
 from hf_asentmax.data import DataArguments, load_packed
-from hf_asentmax.runs import HelpFormatter, RunArguments, begin_run, load_for_finetuning, run_training, summary
+from hf_asentmax.options import HelpFormatter
+from hf_asentmax.runs import RunArguments, begin_run, load_for_finetuning, run_training, summary
 
 EXAMPLE = """
 examples:

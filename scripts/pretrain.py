@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
 from hf_asentmax.data import DataArguments, load_packed
-from hf_asentmax.runs import HelpFormatter, RunArguments, begin_run, build_from_config, run_training, summary
+from hf_asentmax.options import HelpFormatter
+from hf_asentmax.runs import RunArguments, begin_run, build_from_config, run_training, summary
 
 EXAMPLE = """
 examples:

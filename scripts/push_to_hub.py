@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from hf_asentmax.hub import check_asentmax_checkpoint, plan_upload, push
 from hf_asentmax.model_card import check_pictures, render_model_card, write_model_card
-from hf_asentmax.runs import HelpFormatter
+from hf_asentmax.options import HelpFormatter
 
 EXAMPLE = """
 example:

@@ -16,8 +16,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_asentmax.evaluation import results_table
 from hf_asentmax.ladder import synthetic_ladder
+from hf_asentmax.options import HelpFormatter
 from hf_asentmax.plots import write_report
-from hf_asentmax.runs import HelpFormatter, RunArguments, begin_run, run_training, summary
+from hf_asentmax.runs import RunArguments, begin_run, run_training, summary
 from hf_asentmax.synthetic import TaskStream, build_synthetic_model
 from hf_asentmax.tasks import TASKS, build_task, save_task
 

@@ -14,8 +14,6 @@ import torch
 from test_patching import entmax_model
 from training_setup import tiny_texts, tiny_tokenizer, write_texts
 
-pytest.importorskip("lm_eval")  # one of `make test`'s; no other test needs it
-
 QUESTIONS = tiny_texts(6)
 ANSWERS = ["a", "bcd", "efghijklm"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # sums of up to nine float32 log-likelihoods

@@ -12,14 +12,11 @@ from helpers import TOLERANCE, random_tokens
 from peft import LoraConfig, get_peft_model
 from test_patching import FOUND, entmax_model, native_model, randomize_scale
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_asentmax import patch_model
-
-pytest.importorskip("torchao")  # one of `make test`'s; no other test needs it
-
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from torchao.utils import TorchAOBaseTensor
 
 CLOSE = TOLERANCE[torch.float32]
 TOKENS = random_tokens(2, 13)

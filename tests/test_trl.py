@@ -9,28 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from helpers import TOLERANCE
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from test_patching import entmax_model, native_model
-from training_setup import tiny_texts, tiny_tokenizer
+from training_setup import TINY_RUN, tiny_texts, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
-trl = pytest.importorskip("trl")  # one of `make test`'s; no other test needs it
-
-from datasets import Dataset  # noqa: E402
-from peft import AutoPeftModelForCausalLM, LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from hf_asentmax import patch_model  # noqa: E402
+from hf_asentmax import patch_model
 
 CLOSE = TOLERANCE[torch.float32]
-OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = TINY_RUN | {
     "max_steps": 2,
     "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-    "use_cpu": True,
     "bf16": False,
     "max_length": 48,
     "save_strategy": "no",

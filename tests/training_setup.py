@@ -52,17 +52,18 @@ def rows(length: int = 16) -> PackedDataset:
     return PackedDataset(token_lists(({"text": text} for text in tiny_texts()), tokenizer, "text"), length)
 
 
+# Trainer arguments of a run of a few steps on the CPU, told to nobody.
+TINY_RUN: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "use_cpu": True,
+}
+
+
 def arguments(output_dir: Path, **options: Any) -> TrainingArguments:
     """Four steps on the CPU, with a checkpoint every second one."""
-    defaults: dict[str, Any] = {
-        "max_steps": 4,
-        "save_steps": 2,
-        "logging_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-    }
-    return TrainingArguments(str(output_dir), **{**defaults, **options})
+    steps = {"max_steps": 4, "save_steps": 2, "logging_steps": 2}
+    return TrainingArguments(str(output_dir), **{**TINY_RUN, **steps, **options})

@@ -30,7 +30,7 @@ from .triton_common import (
     newton_step,
     weights,
 )
-from .triton_launch import SIZES, Config, Problem, kind, launch
+from .triton_launch import SIZES, Config, Problem, kind, launch, padded
 
 MOST_ROWS = 64  # queries times heads of a group that go together
 _SPLITS = 4  # programs for each multiprocessor
@@ -246,7 +246,7 @@ def kernel_decode(problem: Problem) -> Tensor:
     )
     marks = torch.zeros(B * heads_kv, x.n_key_tiles, dtype=torch.int32, device=device)
     tile_list = torch.empty(B * heads_kv, rows, x.n_key_tiles + n_splits, dtype=torch.int32, device=device)
-    constants = x.constants(value=True) | {"ROWS": max(16, triton.next_power_of_2(rows)), "CHUNK": 1024, "TILES": 16}
+    constants = x.constants(value=True) | {"ROWS": padded(rows), "CHUNK": 1024, "TILES": 16}
 
     def some(*names: str) -> dict[str, int]:
         return {name: constants[name] for name in ("ALPHA", "TILE", *names)}

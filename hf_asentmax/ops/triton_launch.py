@@ -172,18 +172,18 @@ class Problem:
             "ALPHA": {1.0: 3, 1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
             "TILE": self.tile,
             "DIM": dim,
-            "BLOCK_DIM": _padded(dim),
+            "BLOCK_DIM": padded(dim),
             "LANES": self.tile if self.query.dtype == torch.float32 else 8,
             "EXACT": self.query.dtype == torch.float32 or not _HAS_FAST_LOG,
         }
-        return constants | {"DIM_V": dim_v, "BLOCK_DIM_V": _padded(dim_v)} if value else constants
+        return constants | {"DIM_V": dim_v, "BLOCK_DIM_V": padded(dim_v)} if value else constants
 
 
 def _cdiv(a: int, b: int) -> int:  # triton's own takes microseconds
     return -(-a // b)
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
     """The next power of 2, at least 16."""
     return 1 << max(4, (dim - 1).bit_length())
 

@@ -68,6 +68,9 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax_packed": {"alpha": 1.0, "cu_seqlens": ints(0, 1, 20, 20, 50, 63), "scale": 1},
     "softmax_not_causal": {"alpha": 1.0, "is_causal": False, "T": 20, "N": 70},
     "softmax_decode": {"alpha": 1.0, "T": 1, "N": 300, "scale": 1, "slopes": (0.0, 0.1)},
+    # Of each block of queries the first do not see the step of keys that the candidates begin with.
+    "first_step_unseen": {"T": 100, "N": 300, "H": 1, "alpha": 1.4, "scaling": 0.3, "scale": 1},
+    "softmax_first_step_unseen": {"T": 100, "N": 300, "H": 1, "alpha": 1.0, "scaling": 0.3, "scale": 1},
     "softmax_identical_keys": {"alpha": 1.0, "keys": "identical", "T": 111, "N": 111, "H": 1},
     "softmax_one_huge_key": {"alpha": 1.0, "keys": "huge", "scale": 1},
     "softmax_scores_of_1e4": {"alpha": 1.0, "scaling": 1000.0, "scale": 1},

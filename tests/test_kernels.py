@@ -10,6 +10,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
+import triton.language as tl
 from dense_reference import dense_entmax, dense_scores
 from helpers import random_tokens, tiny_model
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ from triton.runtime.errors import OutOfResources
 from hf_asentmax import entmax_attention, patch_model
 from hf_asentmax.ops import operators, triton_backward, triton_candidates, triton_forward, triton_launch
 from hf_asentmax.ops.attention import attention_from_intervals
+from hf_asentmax.ops.triton_candidates import _raise_bound
 from hf_asentmax.ops.triton_launch import Config, launch
 
 OPS = torch.ops.hf_asentmax
@@ -200,6 +203,26 @@ def test_kernels_mark_every_tile_with_support(name: str) -> None:
     assert tiles[0].dtype == torch.int32
     assert not (supported & ~marked).any()
     assert (marked & ~supported).sum() <= 0.1 * marked.sum()
+
+
+@triton.jit
+def _raise_bound_of_hidden(scale_ptr, bound_ptr, ALPHA: tl.constexpr, EXPONENT: tl.constexpr):
+    rows = tl.arange(0, 16)
+    best = tl.full((16, 1, 16), -1.0e30, tl.float32)
+    bound, _ = _raise_bound(best, tl.load(scale_ptr + rows), tl.load(bound_ptr + rows), EXPONENT, 2, ALPHA, True)
+    tl.store(bound_ptr + rows, bound)
+
+
+@pytest.mark.parametrize(("constant", "exponent"), [(0, 0.4), (1, 0.5), (2, 1.0), (3, 1.0)])
+def test_kernels_leave_the_bound_of_a_query_that_has_seen_no_key(constant: int, exponent: float) -> None:
+    scale = torch.rand(16) + 0.1
+    hidden = -1e30 * scale
+    bound = torch.where(
+        torch.arange(16) % 2 == 0, hidden, hidden.nextafter(torch.tensor(-torch.inf))
+    )  # as a GPU rounds
+    raised = bound.clone()
+    _raise_bound_of_hidden[(1,)](scale, raised, ALPHA=constant, EXPONENT=exponent)
+    torch.testing.assert_close(raised, bound)
 
 
 @pytest.mark.parametrize("value", [1.5, 2.0])

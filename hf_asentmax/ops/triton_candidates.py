@@ -66,7 +66,11 @@ def _raise_bound(best, kz, threshold, e, steps, ALPHA: tl.constexpr, EXACT: tl.c
     sum of g before the last of them."""
     slope = tl.zeros_like(threshold)
     for _ in range(steps):
-        p, g = weights(best * kz[:, None, None] - threshold[:, None, None], e, ALPHA, EXACT)
+        # No score exceeds the threshold by more than `below`, but where a row has seen no key yet both sides are about
+        # HIDDEN, and the difference, rounded once, is anything up to 1e23.
+        y = best * kz[:, None, None] - threshold[:, None, None]
+        y = tl.minimum(y, below(ALPHA), propagate_nan=tl.PropagateNan.ALL)
+        p, g = weights(y, e, ALPHA, EXACT)
         slope = tl.sum(tl.sum(g, 2), 1)
         step = newton_step(tl.sum(tl.sum(p, 2), 1), slope, e, ALPHA)
         threshold += tl.maximum(step, 0.0)

@@ -8,8 +8,8 @@ The cache is split over the device, and all queries of a key/value head go toget
   that have support.
 - ``_partial_kernel`` reads the values of marked tiles, ``_combine_kernel`` adds up what the splits have
 
-Memory beside the output: the scores, float32 (B, H, T, N). The same inputs give the same bits. The law and what is held
-of it: ``triton_common.py``.
+Memory beside the output: the scores, float32 (B, H, T, N rounded up to a tile), which lets a thread take several at
+once. The same inputs give the same bits. The law and what is held of it: ``triton_common.py``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SPLITS = 4  # programs for each multiprocessor
 _SCORES = (Config(4, 3), Config(4, 2), Config(4, 1))
 _THRESHOLD = (Config(4, 1),)
 _PARTIAL = (Config(4, 3), Config(4, 2), Config(4, 1))
-_COMBINE = (Config(4, 1),)
+_COMBINE = (Config(4, 1, {"SPLITS": 16}),)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _scores_kernel(
-    q_ptr, k_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, scores_ptr, tops_ptr,
+    q_ptr, k_ptr, first_ptr, last_ptr, scale_ptr, slopes_ptr, alpha_ptr, scores_ptr, tops_ptr, marks_ptr,
     sqb, sqh, sqt, skb, skh, skt, interval_stride, alpha_stride,
     T, N, H, GROUP, n_key_tiles, n_splits, scaling, alpha_value,
     ALPHA: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, ROWS: tl.constexpr,
@@ -79,6 +79,7 @@ def _scores_kernel(
     start, stop = split * n_own, tl.minimum(split * n_own + n_own, n_key_tiles)
     unseen = tl.full((ROWS,), HIDDEN, tl.float32)
     for j in range(start, stop):
+        tl.store(marks_ptr + bh_kv * n_key_tiles + j, 0)
         if (j < begin) | (j >= end):
             tl.store(tops_ptr + own * n_key_tiles + j, unseen, mask=inside)
     for j in range(tl.maximum(start, begin), tl.minimum(stop, end)):
@@ -87,7 +88,7 @@ def _scores_kernel(
         keys = j * TILE + tl.arange(0, TILE)
         z += slope[:, None] * (keys[None, :] - (last - 1)[:, None]).to(tl.float32)
         z = tl.where((keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None]), z, HIDDEN)
-        tl.store(scores_ptr + own[:, None] * N + keys[None, :], z, mask=inside[:, None] & (keys < N)[None, :])
+        tl.store(scores_ptr + own[:, None] * (n_key_tiles * TILE) + keys[None, :], z, mask=inside[:, None])
         tl.store(tops_ptr + own * n_key_tiles + j, tl.max(z, 1), mask=inside)
 
 
@@ -102,7 +103,7 @@ def _threshold_kernel(
     own = bh_kv * GROUP * T + row
     e = load_exponent(alpha_ptr, h, alpha_stride, alpha_value, ALPHA)
     tops = tops_ptr + own * n_key_tiles
-    scores = scores_ptr + own * N
+    scores = scores_ptr + own * n_key_tiles * TILE
     tile_list = list_ptr + own * n_key_tiles
     places = tl.arange(0, CHUNK)
     largest = tl.full((CHUNK,), HIDDEN, tl.float32)
@@ -141,7 +142,8 @@ def _threshold_kernel(
             i = start + tl.arange(0, TILES)
             j = tl.load(tile_list + i, mask=i < count, other=n_key_tiles)
             keys = j[:, None] * TILE + tl.arange(0, TILE)[None, :]
-            p, g = weights(tl.load(scores + keys, mask=keys < N, other=HIDDEN) - threshold, e, ALPHA, EXACT)
+            z = tl.load(scores + keys, mask=(i < count)[:, None], other=HIDDEN)
+            p, g = weights(z - threshold, e, ALPHA, EXACT)
             mass += tl.sum(p, 1)
             slope += tl.sum(g, 1)
         total = tl.sum(mass, 0)
@@ -195,7 +197,7 @@ def _partial_kernel(
         j = tl.load(tile_list + i)
         keys = j * TILE + tl.arange(0, TILE)
         z = tl.load(
-            scores_ptr + own[:, None] * N + keys[None, :], mask=inside[:, None] & (keys < N)[None, :], other=HIDDEN
+            scores_ptr + own[:, None] * (n_key_tiles * TILE) + keys[None, :], mask=inside[:, None], other=HIDDEN
         )
         p, _ = weights(z - threshold[:, None], e, ALPHA, EXACT)
         v = load_tile(v_base, j * TILE, svt, N, DIM_V, BLOCK_DIM_V, TILE)
@@ -209,19 +211,23 @@ def _partial_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _combine_kernel(
-    sums_ptr, masses_ptr, out_ptr, T, GROUP, n_splits, DIM_V: tl.constexpr, BLOCK_DIM_V: tl.constexpr
+    sums_ptr, masses_ptr, out_ptr, T, GROUP, n_splits, DIM_V: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     row, bh_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK_DIM_V)
-    acc = tl.zeros((BLOCK_DIM_V,), tl.float32)
-    mass = 0.0
-    for split in range(0, n_splits):
+    acc = tl.zeros((SPLITS, BLOCK_DIM_V), tl.float32)
+    masses = tl.zeros((SPLITS,), tl.float32)
+    for start in range(0, n_splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
         part = (bh_kv * n_splits + split) * GROUP * T + row
-        acc += tl.load(sums_ptr + part * DIM_V + dims, mask=dims < DIM_V, other=0.0)
-        mass += tl.load(masses_ptr + part)
+        mask = (split < n_splits)[:, None] & (dims < DIM_V)[None, :]
+        acc += tl.load(sums_ptr + part[:, None] * DIM_V + dims[None, :], mask=mask, other=0.0)
+        masses += tl.load(masses_ptr + part, mask=split < n_splits, other=0.0)
+    mass = tl.sum(masses, 0)
     mass = tl.where(mass > 0.0, mass, 1.0)
     out = out_ptr + (bh_kv * GROUP * T + row) * DIM_V + dims
-    tl.store(out, (acc / mass).to(out_ptr.dtype.element_ty), mask=dims < DIM_V)
+    tl.store(out, (tl.sum(acc, 0) / mass).to(out_ptr.dtype.element_ty), mask=dims < DIM_V)
 
 
 def serves_decode(problem: Problem) -> bool:
@@ -240,11 +246,17 @@ def kernel_decode(problem: Problem) -> Tensor:
     if out.numel() == 0:
         return out
     n_splits = max(1, min(x.n_key_tiles, _SPLITS * _multiprocessors(device) // (B * heads_kv)))
-    scores, tops, thresholds, sums, masses = (
-        torch.empty(B * heads_kv, *shape, dtype=torch.float32, device=device)
-        for shape in ((rows, N), (rows, x.n_key_tiles), (rows,), (n_splits, rows, out.shape[-1]), (n_splits, rows))
+    shapes = (
+        (rows, x.n_key_tiles * x.tile),
+        (rows, x.n_key_tiles),
+        (rows,),
+        (n_splits, rows, out.shape[-1]),
+        (n_splits, rows),
     )
-    marks = torch.zeros(B * heads_kv, x.n_key_tiles, dtype=torch.int32, device=device)
+    scores, tops, thresholds, sums, masses = (
+        torch.empty(B * heads_kv, *shape, dtype=torch.float32, device=device) for shape in shapes
+    )
+    marks = torch.empty(B * heads_kv, x.n_key_tiles, dtype=torch.int32, device=device)
     tile_list = torch.empty(B * heads_kv, rows, x.n_key_tiles + n_splits, dtype=torch.int32, device=device)
     constants = x.constants(value=True) | {"ROWS": padded(rows), "CHUNK": 1024, "TILES": 16}
 
@@ -258,7 +270,7 @@ def kernel_decode(problem: Problem) -> Tensor:
         _SCORES,
         some("DIM", "BLOCK_DIM", "ROWS"),
         x.variant,
-        x.query, x.key, x.first, x.last, x.query_scale, x.slopes, x.alpha, scores, tops,
+        x.query, x.key, x.first, x.last, x.query_scale, x.slopes, x.alpha, scores, tops, marks,
         *x.query.stride()[:3], *x.key.stride()[:3], x.interval_stride, x.alpha_stride,
         *sizes, n_splits, x.scaling, x.alpha_value,
     )  # fmt: skip

@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import BASE, write_json
 
-# What LoRA adapts by default: every projection of a decoder layer, in the names that all supported families share.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What LoRA adapts by default: every projection of a decoder layer, in the names of all supported families.
+LORA_TARGETS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
 
 
 def add_lora(

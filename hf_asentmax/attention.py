@@ -159,7 +159,7 @@ class ASEntmaxMixin(nn.Module):
         super().__init_subclass__(**kwargs)
         REPLACEMENTS[cls.__bases__[-1]] = cls
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # families annotate it differently
         if args:
             raise TypeError(f"{type(self).__name__} must be called with keyword arguments, got {len(args)} positional")
         if self.config._attn_implementation != ATTENTION_NAME:

@@ -11,9 +11,20 @@ import sys
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from .positions import POSITIONS
 from .saving import modeling_source
@@ -67,6 +78,8 @@ class ASEntmaxConfigMixin:
 
     Reference: arXiv 2506.16640.
     """
+
+    without: ClassVar[tuple[str, ...]] = ()  # the Auto classes for which Transformers has no class of the family
 
     entmax_alpha: float | int = 1.5
     entmax_alpha_learned: bool = False
@@ -127,11 +140,28 @@ class ASEntmaxConfigMixin:
                 f"attention_dropout must be 0 for ASEntmax, got {self.attention_dropout!r}; "  # type: ignore[attr-defined]
                 "dropping weights of a sparse map is not defined in the papers; set it to 0"
             )
+        if getattr(self, "attn_logit_softcapping", None) is not None:
+            raise ValueError(
+                f"attn_logit_softcapping must be None for ASEntmax, got {self.attn_logit_softcapping!r}; "  # type: ignore[attr-defined]
+                "entmax of capped scores is not defined in the papers. Load the model, or write its config.json, with "
+                "None, which uncaps the scores, and fine-tune"
+            )
+        if getattr(self, "use_bidirectional_attention", False):
+            raise ValueError(
+                "use_bidirectional_attention must be False for ASEntmax, which is causal, got True; "
+                "use a model that was trained with causal attention"
+            )
 
     @property
     def family(self) -> str:
         """The native model type, such as ``llama``."""
         return self.model_type.removeprefix("asentmax_")  # type: ignore[attr-defined]
+
+    @classmethod
+    def class_names(cls) -> dict[str, str]:
+        """The names of the family's model classes, by the Auto class that builds each."""
+        prefix = cls.__name__.removesuffix("Config")
+        return {auto: prefix + suffix for auto, suffix in AUTO_CLASSES.items() if auto not in cls.without}
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """As the family's, with the modeling code beside config.json, which names it in ``auto_map``. Every model
@@ -147,11 +177,9 @@ class ASEntmaxConfigMixin:
         # PEFT takes the model type from here each time that it looks up a default: whichever was imported first.
         _extend_peft_defaults(self.model_type, self.family)  # type: ignore[attr-defined]
         output = super().to_dict()  # type: ignore[misc]
-        module, prefix = f"modeling_asentmax_{self.family}", type(self).__name__.removesuffix("Config")
+        classes = {"AutoConfig": type(self).__name__} | self.class_names()
         output["attn_implementation"] = "asentmax"
-        output["auto_map"] = {"AutoConfig": f"{module}.{prefix}Config"} | {
-            auto: f"{module}.{prefix}{suffix}" for auto, suffix in AUTO_CLASSES.items()
-        }
+        output["auto_map"] = {auto: f"modeling_asentmax_{self.family}.{name}" for auto, name in classes.items()}
         return output
 
 
@@ -185,6 +213,40 @@ class ASEntmaxSmolLM3Config(ASEntmaxConfigMixin, SmolLM3Config):
     model_type = "asentmax_smollm3"
 
 
+class ASEntmaxGemma2Config(ASEntmaxConfigMixin, Gemma2Config):
+    """`Gemma2Config` with the settings of ASEntmax, and scores that are not capped."""
+
+    model_type = "asentmax_gemma2"
+    attn_logit_softcapping: float | None = None
+
+
+class ASEntmaxGemma3TextConfig(ASEntmaxConfigMixin, Gemma3TextConfig):
+    """`Gemma3TextConfig` with the settings of ASEntmax."""
+
+    model_type = "asentmax_gemma3_text"
+    without = ("AutoModelForTokenClassification",)
+
+
+class ASEntmaxGraniteConfig(ASEntmaxConfigMixin, GraniteConfig):
+    """`GraniteConfig` with the settings of ASEntmax."""
+
+    model_type = "asentmax_granite"
+    without = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+
+
+class ASEntmaxOlmo2Config(ASEntmaxConfigMixin, Olmo2Config):
+    """`Olmo2Config` with the settings of ASEntmax."""
+
+    model_type = "asentmax_olmo2"
+    without = ("AutoModelForTokenClassification",)
+
+
+class ASEntmaxPhi3Config(ASEntmaxConfigMixin, Phi3Config):
+    """`Phi3Config` with the settings of ASEntmax."""
+
+    model_type = "asentmax_phi3"
+
+
 CONFIG_CLASSES = {
     config.model_type.removeprefix("asentmax_"): config
     for config in (
@@ -193,5 +255,10 @@ CONFIG_CLASSES = {
         ASEntmaxQwen2Config,
         ASEntmaxQwen3Config,
         ASEntmaxSmolLM3Config,
+        ASEntmaxGemma2Config,
+        ASEntmaxGemma3TextConfig,
+        ASEntmaxGraniteConfig,
+        ASEntmaxOlmo2Config,
+        ASEntmaxPhi3Config,
     )
 }

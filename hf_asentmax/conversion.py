@@ -1,7 +1,7 @@
 """From a softmax checkpoint to an ASEntmax one on disk, file by file: the model is never built in memory.
 
 The weights are copied byte for byte. What is new, the parameters of the query scale, is small: it goes into the file
-that holds the same layer's q_proj. Names and shapes come from a model without storage (torch's meta device).
+that holds the same layer's o_proj. Names and shapes come from a model without storage (torch's meta device).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _COPY_BYTES = 1 << 24
 class ConvertArguments:
     """What to convert, and into what."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a softmax checkpoint: llama, mistral, qwen2/3, smollm3."})
+    model: str = field(metadata={"help": f"Folder or Hub id of a softmax checkpoint: {', '.join(CONFIG_CLASSES)}."})
     output_dir: str = field(metadata={"help": "Folder to write: new or empty. It appears when it is whole."})
     method: str = option("asentmax", "Decides what the options below leave open.", tuple(METHODS))
     alpha: float | None = option(None, "1 is softmax, 2 sparsemax; the larger, the fewer keys keep a weight.")
@@ -184,7 +184,7 @@ def _plan(
     additions: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for name in new:
         layer, _, parameter = name.partition(".query_scale.")
-        additions[place[f"{layer}.q_proj.weight"]][name] = start[parameter]
+        additions[place[f"{layer}.o_proj.weight"]][name] = start[parameter]
     left_out = set(place) - (names - new)
     if left_out:
         logger.warning(f"Left out, since {type(model).__name__} has no such weights: {', '.join(sorted(left_out))}")

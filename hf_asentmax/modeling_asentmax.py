@@ -6,12 +6,21 @@ there and in the config.
 
 from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
+import transformers
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
+)
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3ForCausalLM,
+    Gemma3TextForSequenceClassification,
+    Gemma3TextModel,
+)
+from transformers.models.granite.modeling_granite import (
+    GraniteForCausalLM,
+    GraniteModel,
 )
 from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
@@ -24,6 +33,17 @@ from transformers.models.mistral.modeling_mistral import (
     MistralForSequenceClassification,
     MistralForTokenClassification,
     MistralModel,
+)
+from transformers.models.olmo2.modeling_olmo2 import (
+    Olmo2ForCausalLM,
+    Olmo2ForSequenceClassification,
+    Olmo2Model,
+)
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
+    Phi3Model,
 )
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2ForCausalLM,
@@ -45,15 +65,26 @@ from transformers.models.smollm3.modeling_smollm3 import (
 )
 
 from .configuration_asentmax import (
+    CONFIG_CLASSES,
+    ASEntmaxGemma2Config,
+    ASEntmaxGemma3TextConfig,
+    ASEntmaxGraniteConfig,
     ASEntmaxLlamaConfig,
     ASEntmaxMistralConfig,
+    ASEntmaxOlmo2Config,
+    ASEntmaxPhi3Config,
     ASEntmaxQwen2Config,
     ASEntmaxQwen3Config,
     ASEntmaxSmolLM3Config,
 )
 from .model_mixin import ASEntmaxModelMixin
+from .patches.gemma2 import ASEntmaxGemma2Attention  # noqa: F401  (registers itself)
+from .patches.gemma3_text import ASEntmaxGemma3TextAttention  # noqa: F401  (registers itself)
+from .patches.granite import ASEntmaxGraniteAttention  # noqa: F401  (registers itself)
 from .patches.llama import ASEntmaxLlamaAttention  # noqa: F401  (registers itself)
 from .patches.mistral import ASEntmaxMistralAttention  # noqa: F401  (registers itself)
+from .patches.olmo2 import ASEntmaxOlmo2Attention  # noqa: F401  (registers itself)
+from .patches.phi3 import ASEntmaxPhi3Attention  # noqa: F401  (registers itself)
 from .patches.qwen2 import ASEntmaxQwen2Attention  # noqa: F401  (registers itself)
 from .patches.qwen3 import ASEntmaxQwen3Attention  # noqa: F401  (registers itself)
 from .patches.smollm3 import ASEntmaxSmolLM3Attention  # noqa: F401  (registers itself)
@@ -179,47 +210,108 @@ class ASEntmaxSmolLM3ForTokenClassification(ASEntmaxModelMixin, SmolLM3ForTokenC
     config_class = ASEntmaxSmolLM3Config
 
 
+class ASEntmaxGemma2Model(ASEntmaxModelMixin, Gemma2Model):
+    """`Gemma2Model` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma2Config
+
+
+class ASEntmaxGemma2ForCausalLM(ASEntmaxModelMixin, Gemma2ForCausalLM):
+    """`Gemma2ForCausalLM` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma2Config
+
+
+class ASEntmaxGemma2ForSequenceClassification(ASEntmaxModelMixin, Gemma2ForSequenceClassification):
+    """`Gemma2ForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma2Config
+
+
+class ASEntmaxGemma2ForTokenClassification(ASEntmaxModelMixin, Gemma2ForTokenClassification):
+    """`Gemma2ForTokenClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma2Config
+
+
+class ASEntmaxGemma3TextModel(ASEntmaxModelMixin, Gemma3TextModel):
+    """`Gemma3TextModel` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma3TextConfig
+
+
+class ASEntmaxGemma3TextForCausalLM(ASEntmaxModelMixin, Gemma3ForCausalLM):
+    """`Gemma3ForCausalLM` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma3TextConfig
+
+
+class ASEntmaxGemma3TextForSequenceClassification(ASEntmaxModelMixin, Gemma3TextForSequenceClassification):
+    """`Gemma3TextForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxGemma3TextConfig
+
+
+class ASEntmaxGraniteModel(ASEntmaxModelMixin, GraniteModel):
+    """`GraniteModel` with ASEntmax attention."""
+
+    config_class = ASEntmaxGraniteConfig
+
+
+class ASEntmaxGraniteForCausalLM(ASEntmaxModelMixin, GraniteForCausalLM):
+    """`GraniteForCausalLM` with ASEntmax attention."""
+
+    config_class = ASEntmaxGraniteConfig
+
+
+class ASEntmaxOlmo2Model(ASEntmaxModelMixin, Olmo2Model):
+    """`Olmo2Model` with ASEntmax attention."""
+
+    config_class = ASEntmaxOlmo2Config
+
+
+class ASEntmaxOlmo2ForCausalLM(ASEntmaxModelMixin, Olmo2ForCausalLM):
+    """`Olmo2ForCausalLM` with ASEntmax attention."""
+
+    config_class = ASEntmaxOlmo2Config
+
+
+class ASEntmaxOlmo2ForSequenceClassification(ASEntmaxModelMixin, Olmo2ForSequenceClassification):
+    """`Olmo2ForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxOlmo2Config
+
+
+class ASEntmaxPhi3Model(ASEntmaxModelMixin, Phi3Model):
+    """`Phi3Model` with ASEntmax attention."""
+
+    config_class = ASEntmaxPhi3Config
+
+
+class ASEntmaxPhi3ForCausalLM(ASEntmaxModelMixin, Phi3ForCausalLM):
+    """`Phi3ForCausalLM` with ASEntmax attention."""
+
+    config_class = ASEntmaxPhi3Config
+
+
+class ASEntmaxPhi3ForSequenceClassification(ASEntmaxModelMixin, Phi3ForSequenceClassification):
+    """`Phi3ForSequenceClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxPhi3Config
+
+
+class ASEntmaxPhi3ForTokenClassification(ASEntmaxModelMixin, Phi3ForTokenClassification):
+    """`Phi3ForTokenClassification` with ASEntmax attention."""
+
+    config_class = ASEntmaxPhi3Config
+
+
 def register_auto_classes() -> None:
     """Makes ``AutoConfig`` and the ``AutoModel`` classes know every class of this module."""
-    AutoConfig.register(ASEntmaxLlamaConfig.model_type, ASEntmaxLlamaConfig, exist_ok=True)
-    AutoModel.register(ASEntmaxLlamaConfig, ASEntmaxLlamaModel, exist_ok=True)
-    AutoModelForCausalLM.register(ASEntmaxLlamaConfig, ASEntmaxLlamaForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        ASEntmaxLlamaConfig, ASEntmaxLlamaForSequenceClassification, exist_ok=True
-    )
-    AutoModelForTokenClassification.register(ASEntmaxLlamaConfig, ASEntmaxLlamaForTokenClassification, exist_ok=True)
-    AutoConfig.register(ASEntmaxMistralConfig.model_type, ASEntmaxMistralConfig, exist_ok=True)
-    AutoModel.register(ASEntmaxMistralConfig, ASEntmaxMistralModel, exist_ok=True)
-    AutoModelForCausalLM.register(ASEntmaxMistralConfig, ASEntmaxMistralForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        ASEntmaxMistralConfig, ASEntmaxMistralForSequenceClassification, exist_ok=True
-    )
-    AutoModelForTokenClassification.register(
-        ASEntmaxMistralConfig, ASEntmaxMistralForTokenClassification, exist_ok=True
-    )
-    AutoConfig.register(ASEntmaxQwen2Config.model_type, ASEntmaxQwen2Config, exist_ok=True)
-    AutoModel.register(ASEntmaxQwen2Config, ASEntmaxQwen2Model, exist_ok=True)
-    AutoModelForCausalLM.register(ASEntmaxQwen2Config, ASEntmaxQwen2ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        ASEntmaxQwen2Config, ASEntmaxQwen2ForSequenceClassification, exist_ok=True
-    )
-    AutoModelForTokenClassification.register(ASEntmaxQwen2Config, ASEntmaxQwen2ForTokenClassification, exist_ok=True)
-    AutoConfig.register(ASEntmaxQwen3Config.model_type, ASEntmaxQwen3Config, exist_ok=True)
-    AutoModel.register(ASEntmaxQwen3Config, ASEntmaxQwen3Model, exist_ok=True)
-    AutoModelForCausalLM.register(ASEntmaxQwen3Config, ASEntmaxQwen3ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        ASEntmaxQwen3Config, ASEntmaxQwen3ForSequenceClassification, exist_ok=True
-    )
-    AutoModelForTokenClassification.register(ASEntmaxQwen3Config, ASEntmaxQwen3ForTokenClassification, exist_ok=True)
-    AutoConfig.register(ASEntmaxSmolLM3Config.model_type, ASEntmaxSmolLM3Config, exist_ok=True)
-    AutoModel.register(ASEntmaxSmolLM3Config, ASEntmaxSmolLM3Model, exist_ok=True)
-    AutoModelForCausalLM.register(ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForSequenceClassification, exist_ok=True
-    )
-    AutoModelForTokenClassification.register(
-        ASEntmaxSmolLM3Config, ASEntmaxSmolLM3ForTokenClassification, exist_ok=True
-    )
+    for config in CONFIG_CLASSES.values():
+        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, name in config.class_names().items():
+            getattr(transformers, auto).register(config, globals()[name], exist_ok=True)
 
 
 register_auto_classes()

@@ -155,10 +155,10 @@ def _check_patchable(model: Any) -> dict[str, Any]:
 
 def _working_device(attention: Any) -> torch.device:
     """Where an attention module computes: the new parameters stay there even if the rest is offloaded."""
-    device: torch.device = next(attention.q_proj.parameters()).device
+    device: torch.device = next(attention.o_proj.parameters()).device
     if device.type != "meta":
         return device
-    hook = getattr(attention.q_proj, "_hf_hook", None) or getattr(attention, "_hf_hook", None)
+    hook = getattr(attention.o_proj, "_hf_hook", None) or getattr(attention, "_hf_hook", None)
     working = getattr(hook, "execution_device", None)
     return device if hook is None else torch.device("cpu" if working is None else working)
 

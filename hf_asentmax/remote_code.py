@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .bundling import Collector, Import, Source, Statement
-from .configuration_asentmax import AUTO_CLASSES, CONFIG_CLASSES
+from .configuration_asentmax import CONFIG_CLASSES
 
 PACKAGE = "hf_asentmax"
 
@@ -59,12 +59,12 @@ def generate_modeling(family: str) -> str:
     """
     if family not in CONFIG_CLASSES:
         raise ValueError(f"family must be one of {', '.join(CONFIG_CLASSES)}, got {family!r}; convert one of these")
-    prefix = CONFIG_CLASSES[family].__name__.removesuffix("Config")
+    config = CONFIG_CLASSES[family]
     modeling = f"{PACKAGE}.modeling_asentmax"
     roots = {
-        f"{PACKAGE}.patches.{family}": [f"{prefix}Attention"],
-        f"{PACKAGE}.configuration_asentmax": [f"{prefix}Config"],
-        modeling: [f"{prefix}{suffix}" for suffix in AUTO_CLASSES.values()],
+        f"{PACKAGE}.patches.{family}": [f"{config.__name__.removesuffix('Config')}Attention"],
+        f"{PACKAGE}.configuration_asentmax": [config.__name__],
+        modeling: config.class_names().values(),
     }
     body = bundle(roots, package=PACKAGE, read=read_source, leave_out=[modeling])
     text = _HEADER.format(version=import_module(PACKAGE).__version__, family=family) + body

@@ -1,4 +1,4 @@
-"""Llama (2, 3, 3.x) and models of its form: plain rotary attention."""
+"""Llama 2, 3, 3.x, SmolLM, SmolLM2: plain rotary attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: a sliding window, which arrives through the mask."""
+"""Mistral: a sliding window."""
 
 from __future__ import annotations
 

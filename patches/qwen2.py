@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v; windows on some layers."""
+"""Qwen2, Qwen2.5: biases on q, k and v; windows on some layers."""
 
 from __future__ import annotations
 

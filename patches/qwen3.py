@@ -1,4 +1,4 @@
-"""Qwen3: q and k are normalised before rotary."""
+"""Qwen3: q and k normalised; windows on some layers."""
 
 from __future__ import annotations
 

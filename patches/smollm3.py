@@ -1,4 +1,4 @@
-"""SmolLM3: some layers have no rotary positions."""
+"""SmolLM3: some layers without rotary positions; windows on some layers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Train a language model from scratch: the architecture from a config, the text cut by an existing tokenizer.
 
-The config is a config.json (or a folder with one) of a supported family: Llama, Mistral, Qwen2, Qwen3 or SmolLM3. With
+The config is a config.json (or a folder with one) of a supported family, as the README lists them. With
 a softmax one, --alpha, --query_scaling and --positions say what its attention becomes; an ASEntmax one says it itself.
 A killed run goes on from its last complete checkpoint when the same command is given again. --output_dir gets the
 model, the tokenizer and results.json.

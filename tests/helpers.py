@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "granite", "olmo2", "phi3")
 
 # Keyword arguments of `torch.testing.assert_close`, for a result against the same inputs in float64. Attention and
 # its gradients (1 to 111 tokens, alpha 1 to 2) measured at most 2.3e-6 in float32, and half an eps in the 16-bit
@@ -32,12 +40,41 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
-_BY_FAMILY: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 8}}
+_MULTIPLIERS = {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+# What a family does in its own way, and where its defaults would hide it: windows longer than a test's tokens, scores
+# scaled as everywhere.
+_BY_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": None},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "granite": {"attention_multiplier": 0.25, **_MULTIPLIERS},
+    "mistral": {"sliding_window": 8},
+    "phi3": {"partial_rotary_factor": 0.5},
+}
+# A window of four tokens, on the layers that the family puts it on.
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "mistral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 4},
+}
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """The native (softmax) configuration of a family, at a size that tests in milliseconds."""
     return AutoConfig.for_model(family, **{**_SIZES, **_BY_FAMILY.get(family, {}), **overrides})
+
+
+def auto_classes(family: str) -> list[Any]:
+    """The Auto classes of this package for which Transformers has a class of the family."""
+    autos = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    return [auto for auto in autos if type(AutoConfig.for_model(family)) in auto._model_mapping]
+
+
+# Every model class of every family, as (family, Auto class).
+CLASSES = [(family, auto) for family in FAMILIES for auto in auto_classes(family)]
 
 
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers.modeling_utils
-from helpers import random_tokens, tiny_config
+from helpers import TOLERANCE, random_tokens, tiny_config
 from peft import LoraConfig
 from test_patching import FOUND, attention_modules, entmax_model, native_model
 from torch import nn
@@ -37,6 +37,8 @@ from hf_asentmax import (
     set_alpha,
     unpatch_model,
 )
+from hf_asentmax.configuration_asentmax import CONFIG_CLASSES
+from hf_asentmax.conversion import convert_checkpoint
 
 TOKENS = random_tokens(2, 9)
 
@@ -140,6 +142,47 @@ def test_bad_model_for_set_alpha_is_refused() -> None:
 
 
 # Models
+
+
+SOFTCAPPED = "attn_logit_softcapping must be None for ASEntmax, got 50.0; entmax of capped .* fine-tune"
+BIDIRECTIONAL = "use_bidirectional_attention must be False for ASEntmax, which is causal, got True"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "match"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 50.0}, SOFTCAPPED),
+        ("gemma2", {"use_bidirectional_attention": True}, BIDIRECTIONAL),
+        ("gemma3_text", {"use_bidirectional_attention": True}, BIDIRECTIONAL),
+    ],
+)
+def test_bad_attention_of_a_family_is_refused(family: str, config: dict[str, Any], match: str, tmp_path: Path) -> None:
+    model = native_model(family, **config)
+    with refused(model, ValueError, match):
+        patch_model(model)
+    with pytest.raises(ValueError, match=match):
+        CONFIG_CLASSES[family](**config)
+    model.save_pretrained(tmp_path / "native")
+    with pytest.raises(ValueError, match=match):
+        convert_checkpoint(tmp_path / "native", tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+    assert CONFIG_CLASSES[family]().attn_logit_softcapping is None
+
+
+def test_bad_cap_is_gone_where_the_model_is_loaded_without_it(tmp_path: Path) -> None:
+    native_model("gemma2", attn_logit_softcapping=50.0).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_logit_softcapping=None)
+    expected = model(TOKENS).logits
+    patch_model(model, alpha=1.0)
+    torch.testing.assert_close(model(TOKENS).logits, expected, **TOLERANCE[torch.float32])
+
+
+def test_bad_cap_left_in_the_modules_is_refused() -> None:
+    """Gemma 2's modules keep the cap that they were built with, whatever becomes of the config."""
+    model = native_model("gemma2", attn_logit_softcapping=50.0)
+    model.config.attn_logit_softcapping = None
+    with pytest.raises(NotImplementedError, match="softcap"):
+        patch_model(model)(TOKENS)
 
 
 def test_bad_family_is_refused() -> None:

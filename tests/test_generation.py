@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, random_tokens
+from helpers import TOLERANCE, WINDOWS, random_tokens
 from test_patching import FOUND, entmax_model, native_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
@@ -16,10 +16,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample
 # What moves n, the positions or the cache: windows of 4 on some layers, positions of our own, a learned alpha.
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{family: (family, {}, {}) for family in FOUND},
-    "mistral-window": ("mistral", {"sliding_window": 4}, {}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}),
-    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}),
-    "smollm3-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 4}, {}),
+    **{f"{family}-window": (family, window, {}) for family, window in WINDOWS.items()},
     "llama-alibi": ("llama", {}, {"positions": "alibi", "query_scaling": "log"}),
     "llama-nape": ("llama", {}, {"positions": "nape", "alpha_learned": True}),
     "llama-nope": ("llama", {}, {"positions": "nope", "query_scaling": "static", "alpha": 2.0}),

@@ -15,7 +15,7 @@ from typing import Any
 import entmax as oracle
 import pytest
 import torch
-from helpers import TOLERANCE, random_tokens, tiny_config
+from helpers import CLASSES, TOLERANCE, WINDOWS, auto_classes, random_tokens, tiny_config
 from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -23,8 +23,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
 )
 
 import hf_asentmax
@@ -32,13 +30,12 @@ import hf_asentmax.attention
 from hf_asentmax import ASEntmaxForCausalLM, patch_model, set_alpha, unpatch_model
 
 CLOSE = TOLERANCE[torch.float32]
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "smollm3": {"use_sliding_window": True, "sliding_window": 4},
+# The others: the first layer full, the second with a window.
+WINDOW_BY_LAYER = {
+    **dict.fromkeys(("llama", "granite", "olmo2"), [99, 99]),
+    **dict.fromkeys(("mistral", "phi3"), [4, 4]),
+    **dict.fromkeys(("gemma2", "gemma3_text"), [4, 99]),
 }
-WINDOW_BY_LAYER = {"llama": [99, 99], "mistral": [4, 4]}  # the others: the first layer full, the second with a window
 SETTINGS = list(
     itertools.product(("rope", "nope", "alibi", "nape"), ("none", "log", "static", "adaptive"), (False, True))
 )
@@ -109,17 +106,16 @@ def test_model_with_tied_embeddings_reloads(family: str, tokens: torch.Tensor, t
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("family", FOUND)
+@pytest.mark.parametrize(("family", "auto"), CLASSES)
 @torch.no_grad()
-def test_model_base_and_classifiers_reload(family: str, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_model_base_and_classifiers_reload(family: str, auto: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
     config = patch_model(native_model(family)).config
-    for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
-        model = randomize_scale(auto.from_config(config)).eval()
-        model.save_pretrained(tmp_path / auto.__name__)
-        again, report = auto.from_pretrained(tmp_path / auto.__name__, output_loading_info=True)
-        assert not any(report.values())
-        assert type(again) is type(model) is getattr(hf_asentmax, type(model).__name__)
-        assert torch.equal(again(tokens)[0], model(tokens)[0])
+    model = randomize_scale(auto.from_config(config)).eval()
+    model.save_pretrained(tmp_path)
+    again, report = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert type(again) is type(model) is getattr(hf_asentmax, type(model).__name__)
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
 @pytest.mark.parametrize("family", FOUND)
@@ -131,8 +127,10 @@ def test_model_copies_compute_the_same(family: str, tokens: torch.Tensor) -> Non
     loaded.load_state_dict(model.state_dict())
     with torch.device("meta"):
         assigned = AutoModelForCausalLM.from_config(model.config).eval()
-    # Only rotary buffers, which no state dict holds, are left to be made anew.
-    assigned.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    # Only buffers that no state dict holds, such as rotary frequencies, are left to be made anew.
+    for name, buffer in model.named_buffers():
+        module, _, own = name.rpartition(".")
+        assigned.get_submodule(module).register_buffer(own, buffer.clone(), persistent=False)
     assigned.load_state_dict(model.state_dict(), assign=True)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded, assigned, model.share_memory()):
         assert type(again) is type(model)
@@ -237,10 +235,16 @@ def recompute(module: Any, arguments: dict[str, Any], window: int, padding: int)
     x = arguments["hidden_states"][:1]
     length, config = x.shape[1], module.config
     shape = (1, length, -1, module.head_dim)
-    q, k, v = (projection(x).view(shape) for projection in (module.q_proj, module.k_proj, module.v_proj))
-    if hasattr(module, "q_norm"):
+    if hasattr(module, "qkv_proj"):
+        heads, kv_heads = config.num_attention_heads * module.head_dim, config.num_key_value_heads * module.head_dim
+        q, k, v = module.qkv_proj(x).split([heads, kv_heads, kv_heads], dim=-1)
+    else:
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    if hasattr(module, "q_norm"):  # of a head, or of all of them
+        per_head = len(module.q_norm.weight) == module.head_dim
+        q, k = (t.view(shape) if per_head else t for t in (q, k))
         q, k = module.q_norm(q), module.k_norm(k)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (t.reshape(shape).transpose(1, 2) for t in (q, k, v))
     if config.positions == "rope" and getattr(module, "use_rope", True):
         rotate = inspect.getmodule(type(module).__bases__[-1]).apply_rotary_pos_emb  # type: ignore[union-attr]
         q, k = rotate(q, k, *(table[:1] for table in arguments["position_embeddings"]))
@@ -254,7 +258,8 @@ def recompute(module: Any, arguments: dict[str, Any], window: int, padding: int)
         r = torch.where(slopes[:, None] > 0, 1.0, r)
     else:
         slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256]) * (config.positions == "alibi")
-    scores = (q @ k.transpose(-1, -2)) * module.head_dim**-0.5 * r[None, :, :, None]
+    scaling = getattr(config, "query_pre_attn_scalar", module.head_dim) ** -0.5
+    scores = (q @ k.transpose(-1, -2)) * getattr(config, "attention_multiplier", scaling) * r[None, :, :, None]
     scores = scores - slopes[:, None, None] * (i[:, None] - i[None, :])
     weights = torch.zeros_like(scores)
     visible = seen.any(-1)
@@ -346,7 +351,7 @@ def test_model_trains_in_every_setting(
     """A step from the start reaches every parameter; random scales under padding give finite gradients."""
     settings = {"positions": positions, "query_scaling": query_scaling, "alpha_learned": alpha_learned}
     model = patch_model(native_model(family), **settings).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)  # at 1e-2 OLMo 2 overshoots, its softmax original too
     first = model(tokens, labels=tokens).loss
     first.backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -496,8 +501,7 @@ def test_model_exports(tokens: torch.Tensor) -> None:
 def test_model_declares_no_other_attention(family: str) -> None:
     """An engine that reads these would put its own softmax in."""
     model = patch_model(native_model(family))
-    autos = (AutoModelForSequenceClassification, AutoModelForTokenClassification)
-    for part in (model, model.model, *(auto.from_config(model.config) for auto in autos)):
+    for part in (model, model.model, *(auto.from_config(model.config) for auto in auto_classes(family))):
         assert part.config._attn_implementation == "asentmax"
         for flag in ("sdpa", "flash_attn", "flex_attn", "attention_backend"):
             assert getattr(part, f"_supports_{flag}") is False, flag

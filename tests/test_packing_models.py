@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCE, random_tokens
+from helpers import TOLERANCE, WINDOWS, random_tokens
 from test_patching import FOUND, entmax_model, native_model
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -18,12 +18,6 @@ DOCUMENTS = [random_tokens(length, seed=length) for length in LENGTHS]
 PACKED = torch.cat(DOCUMENTS)[None]
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 BOUNDS = torch.tensor([0, 7, 8, 20, 22], dtype=torch.int32)
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    "smollm3": {"use_sliding_window": True, "sliding_window": 4},
-}
 
 
 def cu_seq_lens(bounds: torch.Tensor = BOUNDS) -> dict[str, Any]:

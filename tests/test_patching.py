@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, TOLERANCE, random_tokens, tiny_config, tiny_model
+from helpers import CLASSES, FAMILIES, TOLERANCE, random_tokens, tiny_config, tiny_model
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -109,12 +106,7 @@ def test_unpatch_turns_a_loaded_checkpoint_into_the_native_model(
     assert "entmax" not in (tmp_path / "softmax" / "config.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("family", FOUND)
-@pytest.mark.parametrize(
-    "auto",
-    [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification],
-    ids=["base", "classifier", "tagger"],
-)
+@pytest.mark.parametrize(("family", "auto"), CLASSES)
 def test_patch_takes_base_models_and_classifiers(auto: Any, family: str, tokens: torch.Tensor) -> None:
     model = auto.from_config(tiny_config(family)).eval()
     expected = model(tokens)[0]

@@ -12,9 +12,11 @@ import torch
 from helpers import TOLERANCE, random_tokens, tiny_model
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_patching import FOUND, entmax_model, native_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_asentmax import patch_model, set_alpha
+from hf_asentmax.adapters import add_lora
 from hf_asentmax.modeling_asentmax import ASEntmaxModelMixin
 
 CLOSE = TOLERANCE[torch.float32]
@@ -47,19 +49,31 @@ def chosen_targets(model: Any, config: Any) -> set[str] | str:
 
 # Default target modules
 
+WITHOUT_DEFAULT = ("granite", "olmo2", "phi3", "smollm3")  # in PEFT's own tables
+
 
 @pytest.mark.parametrize("kind", [LoraConfig, IA3Config], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("family", FOUND)
 def test_peft_default_targets_are_those_of_the_softmax_family(family: str, kind: Any, tmp_path: Path) -> None:
     entmax_model(family).save_pretrained(tmp_path)
     expected = chosen_targets(native_model(family), kind(task_type="CAUSAL_LM"))
-    if family == "smollm3":  # PEFT has no default for it
+    if family in WITHOUT_DEFAULT:
         assert "Please specify `target_modules`" in expected
     else:
         assert {"q_proj", "v_proj"} & set(expected)
     for model in (entmax_model(family), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert isinstance(model, ASEntmaxModelMixin)
         assert chosen_targets(model, kind(task_type="CAUSAL_LM")) == expected
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_peft_targets_of_our_own_are_all_projections_of_a_layer(family: str, tmp_path: Path) -> None:
+    base = entmax_model(family)
+    projections = {name for name, module in base.model.named_modules() if isinstance(module, nn.Linear)}
+    assert len(projections) in (4 * 2, 7 * 2)  # where q, k and v are one, gate and up are too
+    model = add_lora(base, str(tmp_path), r=2)
+    adapted = {name for name, module in model.get_base_model().model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == projections
 
 
 def test_peft_default_targets_hold_for_add_adapter() -> None:

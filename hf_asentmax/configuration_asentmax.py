@@ -68,7 +68,8 @@ class ASEntmaxConfigMixin:
         query_scaling: "none", "log" (SSMax), "static" or "adaptive" (ASEntmax); see :class:`hf_asentmax.QueryScale`.
         positions: "rope" (the family's own), "nope", "alibi" or "nape" (half of the heads ALiBi, half NoPE).
         query_scale_delta: the constant part of r; 1 from scratch, 1 - ln 2 for r = 1 at the start of a converted model.
-        query_scale_gamma_range: c, the bound of the exponent of log n.
+        query_scale_gamma_range: c; the exponent of log n is within c of its center.
+        query_scale_gamma_center: m, from which the exponent starts; with m = c = 1 r never falls as n grows.
         query_scale_length: the training length at which SSMax starts with r = 1; ``max_position_embeddings`` if None.
         attention_top_k: softmax over the so many largest scores of each query; None for all. Needs ``entmax_alpha`` 1.
         adaptive_temperature: softmax that sharpens where a query's weights spread, in eval mode only: it has no
@@ -87,6 +88,7 @@ class ASEntmaxConfigMixin:
     positions: str = "rope"
     query_scale_delta: float | int = 1.0
     query_scale_gamma_range: float | int = 2.0
+    query_scale_gamma_center: float | int = 0.0
     query_scale_length: int | None = None
     attention_top_k: int | None = None
     adaptive_temperature: bool = False
@@ -104,7 +106,7 @@ class ASEntmaxConfigMixin:
         alpha, (low, high) = self.entmax_alpha, LEARNED_ALPHA_RANGE
         if not _is_number(alpha) or not 1.0 <= alpha <= 2.0:
             raise ValueError(f"entmax_alpha must be between 1 (softmax) and 2 (sparsemax), got {alpha!r}; try 1.5")
-        for name in ("query_scale_delta", "query_scale_gamma_range"):
+        for name in ("query_scale_delta", "query_scale_gamma_range", "query_scale_gamma_center"):
             if not _is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)!r}; try the default")
         for name in ("entmax_alpha_learned", "adaptive_temperature"):

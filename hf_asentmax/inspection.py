@@ -30,8 +30,8 @@ _PARAMETER = re.compile(r"(?:.+\.)?layers\.(\d+)\.self_attn\.query_scale\.(.+)")
 _KINDS = {
     "none": "none (r = 1)",
     "log": "log: r = s log(1 + n)",
-    "static": "static: r = {delta:.3g} + softplus(b) log(1 + n)^({c:g} tanh(d))",
-    "adaptive": "adaptive: r = {delta:.3g} + softplus(b + w x) log(1 + n)^({c:g} tanh(d + u x)), x the hidden state",
+    "static": "static: r = {delta:.3g} + softplus(b) log(1 + n)^({m}{c:g} tanh(d))",
+    "adaptive": "adaptive: r = {delta:.3g} + softplus(b + w x) log(1 + n)^({m}{c:g} tanh(d + u x)), x the hidden state",
 }
 
 
@@ -123,8 +123,9 @@ def _facts(
     if ours:
         learned = f"learned, one a head, from {config.entmax_alpha:g}"
         yield "alpha", learned if config.entmax_alpha_learned else f"{config.entmax_alpha:g}"
-        delta, c = config.query_scale_delta, config.query_scale_gamma_range
-        yield "query scale", _KINDS[config.query_scaling].format(delta=delta, c=c)
+        delta, c, m = config.query_scale_delta, config.query_scale_gamma_range, config.query_scale_gamma_center
+        center = f"{m:g} + " if m else ""
+        yield "query scale", _KINDS[config.query_scaling].format(delta=delta, c=c, m=center)
     yield "positions", config.positions if ours else "the family's own"
     yield "context", _context(config)
     if problem is None:

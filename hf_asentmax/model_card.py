@@ -29,8 +29,8 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 _SCALE_FORMULAS = {
     "none": "",
     "log": r"r_i = s \, \log(1 + n_i)",
-    "static": r"r_i = \delta + \mathrm{softplus}(b) \, \log(1 + n_i)^{c \tanh d}",
-    "adaptive": r"r_i = \delta + \mathrm{softplus}(w^\top x_i + b) \, \log(1 + n_i)^{c \tanh(u^\top x_i + d)}",
+    "static": r"r_i = \delta + \mathrm{softplus}(b) \, \log(1 + n_i)^{m + c \tanh d}",
+    "adaptive": r"r_i = \delta + \mathrm{softplus}(w^\top x_i + b) \, \log(1 + n_i)^{m + c \tanh(u^\top x_i + d)}",
 }
 _SETTINGS = (
     ("model_type", "model type"),
@@ -41,6 +41,7 @@ _SETTINGS = (
     ("query_scaling", "query scale r"),
     ("query_scale_delta", "delta"),
     ("query_scale_gamma_range", "c (range of the exponent)"),
+    ("query_scale_gamma_center", "m (its center)"),
     ("query_scale_length", "length at which r starts at 1 (query scale `log`)"),
     ("positions", "positions"),
     ("num_hidden_layers", "layers"),

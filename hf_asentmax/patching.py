@@ -40,6 +40,7 @@ def patch_model(
     attention_top_k: int | None = None,
     query_scale_delta: float | None = None,
     query_scale_gamma_range: float = 2.0,
+    query_scale_gamma_center: float = 0.0,
     query_scale_length: int | None = None,
 ) -> PreTrainedModel:
     """Replaces the softmax attention of a model by ASEntmax, in place.
@@ -58,7 +59,8 @@ def patch_model(
         alpha_learned: learn one alpha a head, starting from ``alpha``.
         attention_top_k: softmax over so many keys a query.
         query_scale_delta: the constant part of r; by default 1 - ln 2, so that r = 1 everywhere at the start.
-        query_scale_gamma_range: bound of the exponent of log n.
+        query_scale_gamma_range: how far the exponent of log n may go from its center.
+        query_scale_gamma_center: where the exponent starts; with another than 0, r isn't 1 at the start.
         query_scale_length: the length at which "log" starts with r = 1; the model's context length by default.
 
     Returns:
@@ -81,6 +83,7 @@ def patch_model(
         "positions": positions,
         "query_scale_delta": NEUTRAL_DELTA if query_scale_delta is None else query_scale_delta,
         "query_scale_gamma_range": query_scale_gamma_range,
+        "query_scale_gamma_center": query_scale_gamma_center,
         "query_scale_length": query_scale_length,
     }
     originals = {

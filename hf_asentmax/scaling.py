@@ -42,11 +42,14 @@ class QueryScale(nn.Module):
     With ``n`` the number of keys that a query may see and x the layer's input:
 
     - ``log`` (SSMax, arXiv 2501.19399): ``r = s_h log(1 + n)``, s_h starting so that r = 1 at ``query_scale_length``
-    - ``static``: ``r = delta + softplus(b_h) (log(1 + n))^(c tanh(d_h))``
+    - ``static``: ``r = delta + softplus(b_h) (log(1 + n))^(m + c tanh(d_h))``
     - ``adaptive`` (ASEntmax, arXiv 2506.16640, eq. 8): as static, with ``b_h`` and ``d_h`` replaced by ``w_h x + b_h``
       and ``u_h x + d_h``
 
-    where c is ``query_scale_gamma_range``. Weights and biases start at zero: r = delta + ln 2 everywhere.
+    where c is ``query_scale_gamma_range`` and m ``query_scale_gamma_center``. Weights and biases start at zero:
+    ``r = delta + ln 2 (log(1 + n))^m``, which is the same everywhere for m = 0, the papers' law. From scratch on short
+    sequences the exponent is learned from a narrow range of n and may come out negative, so that r falls where it
+    should grow; m = c = 1 keeps it between 0 and 2.
     """
 
     def __init__(self, config: Any) -> None:
@@ -55,6 +58,7 @@ class QueryScale(nn.Module):
         self.query_scaling = config.query_scaling
         self.delta = config.query_scale_delta
         self.gamma_range = config.query_scale_gamma_range
+        self.gamma_center = config.query_scale_gamma_center
         self.start_length = config.query_scale_length
         self.start_alpha = config.entmax_alpha
         if self.query_scaling == "log":
@@ -114,5 +118,5 @@ class QueryScale(nn.Module):
                 beta, gamma = self.beta.float()[:, None], self.gamma.float()[:, None]
             else:
                 beta, gamma = self.beta(hidden_states).transpose(1, 2), self.gamma(hidden_states).transpose(1, 2)
-            r = self.delta + F.softplus(beta) * log_n.pow(self.gamma_range * gamma.tanh())
+            r = self.delta + F.softplus(beta) * log_n.pow(self.gamma_center + self.gamma_range * gamma.tanh())
         return r.expand(hidden_states.shape[0], -1, -1), alpha

@@ -48,6 +48,12 @@ class SyntheticArguments:
     min_length: int = field(default=32, metadata={"help": "Shortest source in training, in tokens."})
     max_length: int = field(default=64, metadata={"help": "Longest source in training, in tokens."})
     query_scale_delta: float = field(default=1.0, metadata={"help": "Constant part of the query scale."})
+    query_scale_gamma_center: float = field(
+        default=1.0, metadata={"help": "From which the exponent of log n starts; 0 as in the paper."}
+    )
+    query_scale_gamma_range: float = field(
+        default=1.0, metadata={"help": "How far it may go from there; at most its center: the scale can't fall with n."}
+    )
     lengths: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024],
         metadata={"help": "Sources of the ladder; the validation stream goes to 16 times the training length."},
@@ -76,7 +82,10 @@ def main() -> None:
     settings, checkpoint = begin_run(args, choice, run)
     alpha = run.target_alpha
     schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=alpha, target=alpha)
-    overrides = {"query_scale_delta": choice.query_scale_delta}
+    overrides = {
+        name: getattr(choice, name)
+        for name in ("query_scale_delta", "query_scale_gamma_center", "query_scale_gamma_range")
+    }
     overrides |= {} if schedule is None else {"entmax_alpha": schedule.start}
     overrides |= {} if run.query_scaling is None else {"query_scaling": run.query_scaling}
     model = build_synthetic_model(

@@ -99,6 +99,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
         ({"query_scale_gamma_range": "2"}, "query_scale_gamma_range must be"),
         ({"query_scale_gamma_range": float("nan")}, "query_scale_gamma_range must be"),
         ({"query_scale_gamma_range": float("inf")}, "query_scale_gamma_range must be"),
+        ({"query_scale_gamma_center": float("nan")}, "query_scale_gamma_center must be"),
         ({"query_scale_length": 0}, "query_scale_length must be"),
         ({"query_scale_length": 4.5}, "query_scale_length must be"),
         ({"query_scale_length": True}, "query_scale_length must be"),

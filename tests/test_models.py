@@ -226,7 +226,7 @@ def query_scale(module: Any, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
     else:
         beta = (x @ scale.beta.weight.T + scale.beta.bias).T
         gamma = (x @ scale.gamma.weight.T + scale.gamma.bias).T
-    exponent = config.query_scale_gamma_range * gamma.tanh()
+    exponent = config.query_scale_gamma_center + config.query_scale_gamma_range * gamma.tanh()
     return config.query_scale_delta + nn.functional.softplus(beta) * (1 + n).log() ** exponent
 
 
@@ -307,7 +307,12 @@ def test_model_attention_is_the_formula(family: str, padding: int, tokens: torch
 def test_model_settings_are_the_formula(
     positions: str, query_scaling: str, kv_heads: int, tokens: torch.Tensor
 ) -> None:
-    settings = {"positions": positions, "query_scaling": query_scaling, "query_scale_gamma_range": 1.5}
+    settings = {
+        "positions": positions,
+        "query_scaling": query_scaling,
+        "query_scale_gamma_range": 1.5,
+        "query_scale_gamma_center": 0.5,
+    }
     model = entmax_model("mistral", {"sliding_window": 6, "num_key_value_heads": kv_heads}, alpha=1.3, **settings)
     check_formula(model, tokens, 5, [6, 6])
 

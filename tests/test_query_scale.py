@@ -24,6 +24,7 @@ def make(query_scaling: str, *, random: bool = True, **settings: Any) -> QuerySc
         "query_scaling": query_scaling,
         "query_scale_delta": 1.0,
         "query_scale_gamma_range": 2.0,
+        "query_scale_gamma_center": 0.0,
         "query_scale_length": 512,
         "entmax_alpha": 1.5,
         "entmax_alpha_learned": False,
@@ -45,7 +46,7 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
-def expected_scale(module: QueryScale, hidden: Tensor, n: Tensor, delta: float, c: float) -> Tensor:
+def expected_scale(module: QueryScale, hidden: Tensor, n: Tensor, delta: float, c: float, m: float) -> Tensor:
     """r by the table of the papers, one number at a time."""
     state = {name: x.detach().double() for name, x in module.named_parameters()}
     r = torch.empty(BATCH, HEADS, TOKENS, dtype=torch.float64)
@@ -62,20 +63,29 @@ def expected_scale(module: QueryScale, hidden: Tensor, n: Tensor, delta: float, 
                 else:
                     beta = state["beta.weight"][h] @ x + state["beta.bias"][h]
                     gamma = state["gamma.weight"][h] @ x + state["gamma.bias"][h]
-                r[b, h, i] = delta + softplus(float(beta)) * log_n ** (c * math.tanh(float(gamma)))
+                r[b, h, i] = delta + softplus(float(beta)) * log_n ** (m + c * math.tanh(float(gamma)))
     return r
 
 
 @pytest.mark.parametrize("query_scaling", SCALED)
-@pytest.mark.parametrize(("delta", "c"), [(1.0, 2.0), (NEUTRAL_DELTA, 0.5)])
-def test_query_scale_equals_its_formula(query_scaling: str, delta: float, c: float) -> None:
-    module = make(query_scaling, query_scale_delta=delta, query_scale_gamma_range=c)
+@pytest.mark.parametrize(("delta", "c", "m"), [(1.0, 2.0, 0.0), (NEUTRAL_DELTA, 0.5, 0.0), (1.0, 1.0, 1.0)])
+def test_query_scale_equals_its_formula(query_scaling: str, delta: float, c: float, m: float) -> None:
+    settings = {"query_scale_delta": delta, "query_scale_gamma_range": c, "query_scale_gamma_center": m}
+    module = make(query_scaling, **settings)
     hidden, n = inputs()
     r, alpha = module(hidden, n)
     assert alpha is None
     assert r.dtype == torch.float32
     assert r.shape == (BATCH, HEADS, TOKENS)
-    torch.testing.assert_close(r.double(), expected_scale(module, hidden, n, delta, c), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(r.double(), expected_scale(module, hidden, n, delta, c, m), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("query_scaling", ["static", "adaptive"])
+def test_query_scale_never_falls_with_n_where_the_exponent_is_not_negative(query_scaling: str) -> None:
+    hidden, n = torch.randn(1, 1, HIDDEN).expand(1, 6, -1), torch.tensor([[2, 3, 64, 91, 4096, 1_000_000]])
+    free, kept = (make(query_scaling, query_scale_gamma_center=m, query_scale_gamma_range=2.0 - m) for m in (0.0, 1.0))
+    assert (free(hidden, n)[0].diff() < 0).any()
+    assert (kept(hidden, n)[0].diff() >= 0).all()
 
 
 @pytest.mark.parametrize("query_scaling", SCALED)

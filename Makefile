@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-gpu demo lint wheel-smoke clean
+.PHONY: help env test test-gpu demo docs lint wheel-smoke clean
 
 help: ## show this list
 	@echo "hf_asentmax: ASEntmax attention for Transformers. Each command sets up $(VENV) first if it is not there."
@@ -37,6 +37,9 @@ test-gpu: env ## the tests that need a CUDA device
 demo: env ## train two small twins (softmax, ASEntmax), compare them far beyond their training length: runs/demo
 	$(BIN)/python scripts/demo.py --output_dir runs/demo
 
+docs: env ## build the documentation into site/, where a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: env ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -45,5 +48,5 @@ wheel-smoke: env ## build the wheel, install it elsewhere and use it from anothe
 	PYTHON=$(BIN)/python scripts/smoke_wheel.sh
 
 clean: ## remove build products and caches (not .venv, not runs)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -39,7 +39,8 @@ class TaskStream(IterableDataset):
             flip-flop) those that low and steps reach.
         seed: of the experiment.
         device: where the sequences are drawn and live.
-        process, processes: this process among all, each with sequences of its own.
+        process: this process among all; each has sequences of its own.
+        processes: how many there are.
 
     Raises:
         ValueError: the lengths are not such a pair, or the task refuses one of them.

@@ -54,7 +54,8 @@ def topk_attention(
 
     Args:
         k: how many keys a query attends to, at least 1.
-        query, key, value, scaling, query_scale, alibi_slopes, masks: as :func:`hf_asentmax.entmax_attention` has them.
+
+    The other arguments are those of :func:`hf_asentmax.entmax_attention`.
 
     Returns:
         (B, H, T, D_v) in the dtype of ``query``.
@@ -106,8 +107,7 @@ def adaptive_temperature_attention(
     For inference only: the factor was fitted to trained softmax models and is not meant to be learned through. A query
     that sees no key gives zeros.
 
-    Args:
-        query, key, value, scaling, query_scale, alibi_slopes, masks: as :func:`hf_asentmax.entmax_attention` has them.
+    The arguments are those of :func:`hf_asentmax.entmax_attention`.
 
     Returns:
         (B, H, T, D_v) in the dtype of ``query``, without a gradient.

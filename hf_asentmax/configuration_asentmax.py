@@ -70,7 +70,8 @@ class ASEntmaxConfigMixin:
         query_scale_delta: the constant part of r; 1 from scratch, 1 - ln 2 for r = 1 at the start of a converted model.
         query_scale_gamma_range: c; the exponent of log n is within c of its center.
         query_scale_gamma_center: m, from which the exponent starts; with m = c = 1 r never falls as n grows.
-        query_scale_length: the training length at which SSMax starts with r = 1; ``max_position_embeddings`` if None.
+        query_scale_length: the training length, at which SSMax starts with r = 1, and the others with r = delta + ln 2;
+            ``max_position_embeddings`` if None.
         attention_top_k: softmax over the so many largest scores of each query; None for all. Needs ``entmax_alpha`` 1.
         adaptive_temperature: softmax that sharpens where a query's weights spread, in eval mode only: it has no
             gradient (arXiv 2410.01104). Needs ``entmax_alpha`` 1.

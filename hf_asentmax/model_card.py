@@ -42,7 +42,7 @@ _SETTINGS = (
     ("query_scale_delta", "delta"),
     ("query_scale_gamma_range", "c (range of the exponent)"),
     ("query_scale_gamma_center", "m (its center)"),
-    ("query_scale_length", "length at which r starts at 1 (query scale `log`)"),
+    ("query_scale_length", "length at which r starts (query scale `log`, or m other than 0)"),
     ("positions", "positions"),
     ("num_hidden_layers", "layers"),
     ("hidden_size", "hidden size"),

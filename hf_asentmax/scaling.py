@@ -46,10 +46,10 @@ class QueryScale(nn.Module):
     - ``adaptive`` (ASEntmax, arXiv 2506.16640, eq. 8): as static, with ``b_h`` and ``d_h`` replaced by ``w_h x + b_h``
       and ``u_h x + d_h``
 
-    where c is ``query_scale_gamma_range`` and m ``query_scale_gamma_center``. Weights and biases start at zero:
-    ``r = delta + ln 2 (log(1 + n))^m``, which is the same everywhere for m = 0, the papers' law. From scratch on short
-    sequences the exponent is learned from a narrow range of n and may come out negative, so that r falls where it
-    should grow; m = c = 1 keeps it between 0 and 2.
+    where c is ``query_scale_gamma_range`` and m ``query_scale_gamma_center``, 0 in the papers. Weights start at zero,
+    and r at delta + ln 2: everywhere for m = 0, else at n = ``query_scale_length``. From scratch on short sequences the
+    exponent is learned from a narrow range of n and may come out negative, so that r falls where it should grow;
+    m = c = 1 keeps it between 0 and 2.
     """
 
     def __init__(self, config: Any) -> None:
@@ -77,13 +77,15 @@ class QueryScale(nn.Module):
         """The neutral start. ``init`` is ``torch.nn.init`` or Transformers' own version of it."""
         if self.query_scaling == "log":
             init.constant_(self.log_scale, 1.0 / math.log1p(self.start_length))
-        elif self.query_scaling == "static":
-            init.zeros_(self.beta)
-            init.zeros_(self.gamma)
-        elif self.query_scaling == "adaptive":
-            for projection in (self.beta, self.gamma):
-                init.zeros_(projection.weight)
-                init.zeros_(projection.bias)
+        elif self.query_scaling != "none":
+            projections = (self.beta, self.gamma)
+            if self.query_scaling == "adaptive":
+                for projection in projections:
+                    init.zeros_(projection.weight)
+                projections = (self.beta.bias, self.gamma.bias)
+            start = math.log(2.0) / math.log1p(self.start_length) ** self.gamma_center  # softplus(b)
+            init.constant_(projections[0], math.log(math.expm1(start)) if self.gamma_center else 0.0)
+            init.zeros_(projections[1])
         if self.alpha_logit is not None:
             low, high = LEARNED_ALPHA_RANGE
             share = (self.start_alpha - low) / (high - low)

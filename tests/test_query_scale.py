@@ -115,6 +115,15 @@ def test_query_scale_starts_at_delta_plus_log_2(query_scaling: str, delta: float
     assert (beta.grad > 0.1).all()
 
 
+@pytest.mark.parametrize("query_scaling", ["static", "adaptive"])
+def test_query_scale_with_a_center_starts_alike_at_its_length_and_grows(query_scaling: str) -> None:
+    settings = {"query_scale_gamma_center": 1.0, "query_scale_gamma_range": 1.0, "query_scale_length": 4096}
+    r, _ = make(query_scaling, random=False, query_scale_delta=1.0, **settings)(*inputs())
+    torch.testing.assert_close(r[1, :, 4], torch.full((HEADS,), 1 + math.log(2.0)), rtol=0, atol=1e-6)  # n = 4096
+    growth = 1 + math.log(2.0) * math.log(1_000_001) / math.log(4097)
+    torch.testing.assert_close(r[1, :, 5], torch.full((HEADS,), growth), rtol=0, atol=1e-6)
+
+
 def test_query_scale_log_starts_at_1_at_its_length() -> None:
     module = make("log", random=False, query_scale_length=4096)
     r, _ = module(*inputs())

@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-gpu demo docs lint wheel-smoke clean
+.PHONY: help env test test-gpu test-transformers test-with demo docs lint wheel-smoke clean
 
 help: ## show this list
 	@echo "hf_asentmax: ASEntmax attention for Transformers. Each command sets up $(VENV) first if it is not there."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  variables:  PYTHON=$(PYTHON) (3.10 or newer)   PIP_EXTRA='$(PIP_EXTRA)' (more arguments for pip install)"
 
@@ -34,6 +34,23 @@ test: lint ## check style and types, then run the tests that need neither a GPU 
 test-gpu: env ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu --durations=10
 
+# The oldest release is pyproject.toml's; everything else stays at constraints.txt, but for what Transformers pins itself.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,models generation engines patching no_silent_softmax packing_models \
+  remote_code conversion peft training tensor_parallel)
+
+test-transformers: ## the tests of all that Transformers touches, on its oldest supported release and on its newest
+	@$(MAKE) --no-print-directory test-with NAME=oldest RELEASE='==$(OLDEST).*'
+	@$(MAKE) --no-print-directory test-with NAME=newest RELEASE=
+
+test-with:
+	test -d $(VENV)-$(NAME) || $(PYTHON) -m venv $(VENV)-$(NAME)
+	grep -Ev '^(transformers|tokenizers|huggingface_hub)==' constraints.txt > $(VENV)-$(NAME)/constraints.txt
+	$(VENV)-$(NAME)/bin/python -m pip install --quiet --upgrade $(PIP_EXTRA) -c $(VENV)-$(NAME)/constraints.txt \
+	  -e ".[test]" "transformers$(RELEASE)"
+	$(VENV)-$(NAME)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(VENV)-$(NAME)/bin/python -m pytest -q -m "not slow and not gpu" $(TRANSFORMERS_TESTS)
+
 demo: env ## train two small twins (softmax, ASEntmax), compare them far beyond their training length: runs/demo
 	$(BIN)/python scripts/demo.py --output_dir runs/demo
 
@@ -47,6 +64,6 @@ lint: env ## ruff and mypy
 wheel-smoke: env ## build the wheel, install it elsewhere and use it from another folder
 	PYTHON=$(BIN)/python scripts/smoke_wheel.sh
 
-clean: ## remove build products and caches (not .venv, not runs)
+clean: ## remove build products and caches (not .venv*, not runs)
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +

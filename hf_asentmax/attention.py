@@ -172,17 +172,14 @@ class ASEntmaxMixin(nn.Module):
         intervals = kwargs["attention_mask"] = _separate_documents(intervals, kwargs, check)
         n = (intervals[..., 1] - intervals[..., 0])[:, 0]
         scale, alpha = self.query_scale(hidden_states, n)
-        slopes = alibi_slopes(self.config.positions, self.config.num_attention_heads, hidden_states.device)
         if self.config.positions != "rope":  # the identity rotation
             cos, sin = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
-        if self.config.positions == "nape" and scale is not None and slopes is not None:
-            scale = torch.where(slopes[:, None] > 0, 1.0, scale)
         if alpha is None and self.scheduled_alpha is not None:
             alpha = self.scheduled_alpha.to(hidden_states.device)
         if alpha is None:
             alpha = float(self.config.entmax_alpha)
-        return super().forward(hidden_states, entmax_parameters=(alpha, scale, slopes), **kwargs)
+        return super().forward(hidden_states, entmax_parameters=(alpha, scale), **kwargs)
 
     def _entmax_attention(
         self,
@@ -193,7 +190,7 @@ class ASEntmaxMixin(nn.Module):
         *,
         scaling: float,
         dropout: float = 0.0,
-        entmax_parameters: tuple[float | Tensor, Tensor | None, Tensor | None] | None = None,
+        entmax_parameters: tuple[float | Tensor, Tensor | None] | None = None,
         output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -213,7 +210,10 @@ class ASEntmaxMixin(nn.Module):
                 f"the {ATTENTION_NAME} attention does not handle {what}; set config.attention_dropout = 0, "
                 "and leave out arguments of other attention implementations"
             )
-        alpha, scale, slopes = entmax_parameters
+        alpha, scale = entmax_parameters
+        slopes = self._own_slopes(query)
+        if self.config.positions == "nape" and scale is not None and slopes is not None:
+            scale = torch.where(slopes[:, None] > 0, 1.0, scale)
         if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
             query, key = query.to(value.dtype), key.to(value.dtype)
         first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
@@ -237,6 +237,22 @@ class ASEntmaxMixin(nn.Module):
         if not output_attentions:
             return out, None
         return out, _dense_weights(query, key, first, last, scale, slopes, weights, scaling)
+
+    def _own_slopes(self, query: Tensor) -> Tensor | None:
+        """The slopes of the heads that are here: all, or this process's share of them under tensor parallelism."""
+        heads, here = self.config.num_attention_heads, query.shape[1]
+        slopes = alibi_slopes(self.config.positions, heads, query.device)
+        if slopes is None or here == heads:
+            return slopes
+        weight: Any = self.q_proj.weight  # type: ignore[union-attr]
+        split = [i for i, place in enumerate(getattr(weight, "placements", ())) if place.is_shard(0)]
+        if len(split) != 1 or weight.device_mesh.size(split[0]) * here != heads:
+            raise ValueError(
+                f"the {heads} heads must be shared evenly by the processes of tensor parallelism, got {here} here; "
+                "use a tp_size that divides the number of heads"
+            )
+        rank = weight.device_mesh.get_local_rank(split[0])
+        return slopes[rank * here : (rank + 1) * here]
 
 
 def _dense_weights(
@@ -296,9 +312,9 @@ def _separate_documents(intervals: Tensor, kwargs: dict[str, Any], check: bool) 
             check_documents(cu_seqlens, length)
         start = document_starts(cu_seqlens.to(intervals.device), index)[None]
     elif position_ids is not None and position_ids.dim() == 2:
-        restart = position_ids[:, 1:] <= position_ids[:, :-1]
-        start = torch.where(restart.to(intervals.device), index[1:], 0).cummax(-1).values
-        start = torch.nn.functional.pad(start, (1, 0))
+        # Compared in full length, the first with the last: a slice of one would pin an exported graph to its length.
+        restart = (position_ids <= position_ids.roll(1, -1)).to(intervals.device)
+        start = torch.where(restart & (index > 0), index, 0).cummax(-1).values
         offset = (intervals[:, 0, :1, 1] - 1).clamp(min=0)  # the first query's own place among the keys
         start = torch.where(start > 0, start + offset, 0)
     else:

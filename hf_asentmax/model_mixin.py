@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import ATTENTION_NAME, REPLACEMENTS, ASEntmaxMixin
 from .saving import check_adapter_base, staged
-from .scaling import QueryScale, QueryScaleLinear
+from .scaling import QueryScale, QueryScaleLinear, tensor_parallel_plan
 from .validation import check_checkpoint
 
 PATCH_RECORD = "_asentmax_patch"  # where a model patched in memory keeps what unpatch_model restores
@@ -41,7 +41,9 @@ class ASEntmaxModelMixin(PreTrainedModel):
         native: Any = AutoModel._model_mapping.get(type(config).__bases__[-1], None)
         if native in REPLACEMENTS:
             AutoModel.register(type(config), REPLACEMENTS[native], exist_ok=True)
-        super().__init__(copy.copy(config), *args, **kwargs)  # its own: set_alpha must not reach another model
+        config = copy.copy(config)  # its own: set_alpha must not reach another model
+        config.base_model_tp_plan = {**(config.base_model_tp_plan or {}), **tensor_parallel_plan(config)}
+        super().__init__(config, *args, **kwargs)
         swap_classes(self)
         self.post_init()
 
@@ -65,13 +67,28 @@ class ASEntmaxModelMixin(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
         return self._check_and_adjust_attn_implementation(requested_attention)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ever; a truncated or corrupt file of a local checkpoint is named.
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: the paged cache of ``generate_batch`` and ``transformers serve`` brings a softmax of its own.
 
         Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"continuous batching must run a softmax model, got {type(self).__name__}, whose attention it would "
+            "replace; call model.generate on a batch padded on the left, which computes each row as on its own"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever, but from safetensors only, unless ``use_safetensors=False``: a pickle can hold code. A truncated or
+        corrupt file of a local checkpoint is named.
+
+        Raises:
+            OSError: the checkpoint has no safetensors.
             ValueError: a weight file is not whole.
         """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError:
@@ -92,7 +109,8 @@ class ASEntmaxModelMixin(PreTrainedModel):
         ):
             super().save_pretrained(target, *args, **kwargs)
         if PATCH_RECORD in self.__dict__ and not adapter:
-            self.name_or_path = str(save_directory)
+            # PEFT and Transformers read the model's, TRL (for the reference of DPO) the config's.
+            self.name_or_path = self.config._name_or_path = str(save_directory)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT saves an adapter with the name of its base, and takes the weights through here.

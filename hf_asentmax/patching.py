@@ -127,6 +127,11 @@ def _check_patchable(model: Any) -> dict[str, Any]:
             f"model must be a Transformers model, got {type(model).__name__}; "
             "patch it before torch.compile, DDP, FSDP or another wrapper takes it"
         )
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise TypeError(
+            f"model must be patched before its weights are shared out to several processes, got {type(model).__name__} "
+            "with sharded weights; patch it, save_pretrained(folder) in one process, and load that sharded"
+        )
     if isinstance(model, ASEntmaxModelMixin):
         raise ValueError(
             f"model must use softmax attention, got {type(model).__name__}; call unpatch_model(model) first"

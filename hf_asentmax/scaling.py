@@ -16,6 +16,22 @@ LEARNED_ALPHA_RANGE = (1.01, 2.0)
 NEUTRAL_DELTA = 1.0 - math.log(2.0)  # with zero weights r = delta + softplus(0) = 1: the start of a converted model
 
 
+def tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """How tensor parallelism splits what a :class:`QueryScale` learns: by heads, where the family's plan splits queries
+    so. Where it gathers them before attention (fused projections, norms over all heads) each process has all of it."""
+    if (config.base_model_tp_plan or {}).get("layers.*.self_attn.q_proj") != "colwise":
+        return {}
+    parts = {"none": (), "log": ("log_scale",)}.get(config.query_scaling, ("beta", "gamma"))
+    alpha = ("alpha_logit",) if config.entmax_alpha_learned else ()
+    return {f"layers.*.self_attn.query_scale.{name}": "colwise" for name in (*parts, *alpha)}
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """This process's heads of a parameter that tensor parallelism has split, in float32; else all of it."""
+    # By what it can do: torch is also built without distributed tensors.
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).float()
+
+
 class QueryScaleLinear(nn.Module):
     """One number per head from the layer's input, in float32 whatever the dtype of the weights.
 
@@ -25,6 +41,7 @@ class QueryScaleLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # takes from the seed what nn.Linear would
@@ -91,12 +108,15 @@ class QueryScale(nn.Module):
             share = (self.start_alpha - low) / (high - low)
             init.constant_(self.alpha_logit, math.log(share / (1.0 - share)))
 
-    def alpha(self) -> Tensor | None:
-        """Each head's alpha, float32 (H,), where it is learned, else None."""
+    def alpha(self, *, whole: bool = False) -> Tensor | None:
+        """Each head's alpha, float32 (H,), where it is learned, else None. ``whole``: gathered from all processes that
+        share it out, every one of which must ask."""
         if self.alpha_logit is None:
             return None
+        logit: Any = self.alpha_logit
         low, high = LEARNED_ALPHA_RANGE
-        return low + (high - low) * self.alpha_logit.float().sigmoid()
+        own = logit.full_tensor().float() if whole and hasattr(logit, "full_tensor") else own_part(logit)
+        return low + (high - low) * own.sigmoid()
 
     def forward(self, hidden_states: Tensor, n: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """``r`` and alpha.
@@ -114,10 +134,10 @@ class QueryScale(nn.Module):
             return None, alpha
         log_n = n.clamp(min=1).float().log1p()[:, None, :]
         if self.query_scaling == "log":
-            r = self.log_scale.float()[:, None] * log_n
+            r = own_part(self.log_scale)[:, None] * log_n
         else:
             if self.query_scaling == "static":
-                beta, gamma = self.beta.float()[:, None], self.gamma.float()[:, None]
+                beta, gamma = own_part(self.beta)[:, None], own_part(self.gamma)[:, None]
             else:
                 beta, gamma = self.beta(hidden_states).transpose(1, 2), self.gamma(hidden_states).transpose(1, 2)
             r = self.delta + F.softplus(beta) * log_n.pow(self.gamma_center + self.gamma_range * gamma.tanh())

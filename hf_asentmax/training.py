@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import adapter_base, base_beside, is_adapter
 from .analysis import attention_support
@@ -36,18 +37,30 @@ def is_asentmax(model: nn.Module) -> bool:
 def current_alpha(model: nn.Module) -> dict[str, float]:
     """The alpha of an ASEntmax model as its Trainer logs it, under "entmax_alpha".
 
-    A learned one is the mean of all heads, and is also given for each layer and head, as "alpha/layer0/head3".
+    A learned one is the mean of all heads, and is also given for each layer and head, as "alpha/layer0/head3". Where
+    the weights are sharded (FSDP2, tensor parallel, ZeRO-3) every process must call it.
     """
     config: Any = model.config
     if not config.entmax_alpha_learned:
         return {"entmax_alpha": float(config.entmax_alpha)}
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "query_scale")]
-    heads = {
-        f"alpha/layer{layer.layer_idx}/head{head}": alpha
-        for layer in layers
-        for head, alpha in enumerate(layer.query_scale.alpha().tolist())
-    }
+    with _gathered([layer.query_scale.alpha_logit for layer in layers]):
+        heads = {
+            f"alpha/layer{layer.layer_idx}/head{head}": alpha
+            for layer in layers
+            for head, alpha in enumerate(layer.query_scale.alpha(whole=True).tolist())
+        }
     return {"entmax_alpha": fmean(heads.values()), **heads}
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Within, DeepSpeed's ZeRO-3 holds the parameters whole; they are empty outside of a forward pass."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 class AlphaSchedule(TrainerCallback):

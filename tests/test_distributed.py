@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
-import hf_asentmax
+from hf_asentmax.training import current_alpha
 
 folder, output = sys.argv[1:]
 init_process_group("gloo")
@@ -41,10 +41,12 @@ for _ in range(3):
     model(tokens, labels=tokens).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+alpha = current_alpha(model)
 whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if get_rank() == 0:
     again = AutoModelForCausalLM.from_pretrained(folder)
     again.load_state_dict(whole)
+    assert alpha == current_alpha(again) and len(alpha) == 9, alpha
     again.save_pretrained(output)
 destroy_process_group()
 """

@@ -93,7 +93,7 @@ CAUSES: dict[str, Callable[[Path], Any]] = {
     ),
     "attention_mask must hide keys only before and after ...": mask_with_a_hole,
     "the asentmax attention must be causal ...": lambda folder: patched()(TOKENS, is_causal=False),
-    "Implementation asentmax is not supported for continuous batching": lambda folder: patched().generate_batch(
+    "continuous batching must run a softmax model": lambda folder: patched().generate_batch(
         inputs=TOKENS.tolist(), generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=1, pad_token_id=0)
     ),
     "head dim of query must be at most 256 on a GPU": wide_heads,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import TOLERANCE, WINDOWS, random_tokens
 from test_patching import FOUND, entmax_model, native_model
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from torch._dynamo import lookup_backend
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 CLOSE = TOLERANCE[torch.float32]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -153,13 +154,50 @@ def test_generation_assisted_by_or_assisting_another_model_agrees_with_greedy() 
 
 
 @torch.no_grad()
-def test_generation_sampling_repeats_with_its_seed() -> None:
-    model, tokens = entmax_model(), random_tokens(2, 5)
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        draws.append(model.generate(tokens, do_sample=True, max_new_tokens=8, top_k=20))
-    assert torch.equal(*draws)
+def test_generation_beams_and_samples_are_the_same_with_every_cache(model: Any) -> None:
+    """Beams reorder the cache, draws repeat with their seed: both as if each step computed the whole row anew."""
+    ids, mask = left_padded([random_tokens(n, seed=n) for n in (9, 3)])
+    for strategy in ({"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 20}):
+        rows = []
+        for cache in (
+            {"use_cache": False},
+            {"cache_implementation": "dynamic"},
+            {"cache_implementation": "static", "disable_compile": True},
+        ):
+            torch.manual_seed(3)
+            rows.append(model.generate(ids, attention_mask=mask, max_new_tokens=8, **strategy, **cache))
+        assert torch.equal(rows[1], rows[0]), strategy
+        assert torch.equal(rows[2], rows[0]), strategy
+
+
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [
+        ("llama-nape", "aot_eager"),
+        ("mistral-window", "aot_eager"),
+        ("smollm3-window", "aot_eager"),
+        pytest.param("qwen3-window", "inductor", marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_generation_compiled_static_decode_is_one_graph_and_agrees_with_greedy(name: str, compiler: str) -> None:
+    """One graph for all lengths, a second where a window has filled; fullgraph raises at a graph break."""
+    family, config, settings = VARIANTS[name]
+    model = entmax_model(family, config, **settings)
+    ids, mask = left_padded([random_tokens(n, seed=n) for n in (9, 3)])
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend(compiler)(graph, inputs)
+
+    compiling = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compiling._compile_all_devices = True  # Transformers compiles on accelerators only, unless told
+    found = model.generate(ids, attention_mask=mask, cache_implementation="static", compile_config=compiling, **GREEDY)
+    assert torch.equal(found, expected)
+    assert len(graphs) == (2 if "window" in name else 1)
 
 
 @pytest.mark.parametrize("family", FOUND)
@@ -173,20 +211,3 @@ def test_generation_gives_attention_weights_of_every_step(family: str) -> None:
     full = model(output.sequences[:, :-1], output_attentions=True).attentions
     for layer, weights in enumerate(full):
         torch.testing.assert_close(output.attentions[-1][layer], weights[:, :, -1:], **CLOSE)
-
-
-@torch.no_grad()
-def test_generation_continuous_batching_refuses_or_equals_generate() -> None:
-    model, tokens = entmax_model(), random_tokens(1, 6)
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=1, pad_token_id=0)
-    refusal = ""
-    try:
-        outputs = model.generate_batch(inputs=[tokens[0].tolist()], generation_config=config)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        refusal = str(error)
-    else:
-        found = next(iter(outputs.values())).generated_tokens
-        assert found == model.generate(tokens, generation_config=config)[0, 6:].tolist()
-    assert not refusal or "asentmax" in refusal
-    assert model.config._attn_implementation == "asentmax"
-    assert model(tokens).logits.isfinite().all()

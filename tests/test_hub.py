@@ -234,3 +234,43 @@ def test_push_and_load_again_byte_for_byte(shards: Path, tmp_path: Path) -> None
     assert {name: (snapshot / name).read_bytes() for name in there} == there
     for logits in torch.load(tmp_path / "logits.pt"):
         torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+TRAIN = """
+import sys
+from training_setup import arguments, rows
+from transformers import AutoModelForCausalLM
+from hf_asentmax.training import ASEntmaxTrainer
+source, output = sys.argv[1:]
+for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+    args = arguments(f"{output}/{strategy}", push_to_hub=True, hub_model_id=f"me/{strategy}", hub_strategy=strategy)
+    trainer = ASEntmaxTrainer(AutoModelForCausalLM.from_pretrained(source), args, train_dataset=rows())
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.save_model(f"{output}/{strategy}-model")
+"""
+
+
+def test_trainer_pushes_a_model_that_loads_by_its_own_code(checkpoint: Path, tmp_path: Path) -> None:
+    with HubStandIn() as hub:
+        root = Path(hf_asentmax.__file__).parent.parent
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+        online["PYTHONPATH"] = os.pathsep.join([str(root), str(Path(__file__).parent)])
+        trained = subprocess.run(
+            [sys.executable, "-c", TRAIN, str(checkpoint), str(tmp_path)],
+            env={**os.environ, **online},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert trained.returncode == 0, trained.stderr
+        assert [request for request in hub.unknown if "me/" in request] == []
+        strategies = ("end", "every_save", "checkpoint", "all_checkpoints")
+        pushed = {strategy: hub.files(f"me/{strategy}") for strategy in strategies}
+    for strategy, files in pushed.items():
+        model = tmp_path / f"{strategy}-model"
+        for name in ("config.json", "model.safetensors", "modeling_asentmax_llama.py"):
+            assert files[name] == (model / name).read_bytes(), (strategy, name)
+    for strategy, folder in (("checkpoint", "last-checkpoint"), ("all_checkpoints", "checkpoint-2")):
+        resumable = {name.split("/")[1] for name in pushed[strategy] if name.startswith(f"{folder}/")}
+        assert resumable >= {"optimizer.pt", "trainer_state.json", "model.safetensors", "modeling_asentmax_llama.py"}

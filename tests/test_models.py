@@ -19,6 +19,7 @@ from helpers import CLASSES, TOLERANCE, WINDOWS, auto_classes, random_tokens, ti
 from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -194,6 +195,28 @@ def test_model_from_config_has_the_initial_weights_of_its_softmax_twin() -> None
         extra = {name: x for name, x in state.items() if ".query_scale." in name}
         assert extra
         assert not any(x.any() for x in extra.values()), family
+
+
+@pytest.mark.parametrize("query_scaling", ["log", "static", "adaptive"])
+@torch.no_grad()
+def test_model_initialisation_of_one_module_needs_no_other(query_scaling: str) -> None:
+    """As under DeepSpeed's ZeRO-3: constructors see empty weights, then each module is initialised on its own."""
+    model = entmax_model(query_scaling=query_scaling, alpha_learned=True)
+    neutral = patch_model(native_model("llama"), query_scaling=query_scaling, alpha_learned=True)
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    bare.to_empty(device="cpu")
+    for module in reversed(list(bare.modules())):
+        own = dict(module.named_parameters(recurse=False))
+        for parameter in own.values():
+            parameter.fill_(torch.nan)
+        if own:
+            bare._init_weights(module)
+    scales = {name: x for name, x in neutral.named_parameters() if ".query_scale." in name}
+    found = dict(bare.named_parameters())
+    assert len(scales) == 2 * {"log": 2, "static": 3, "adaptive": 5}[query_scaling]
+    for name, expected in scales.items():
+        assert torch.equal(found[name], expected), name
 
 
 def test_model_config_round_trip(tmp_path: Path) -> None:
@@ -476,6 +499,25 @@ def test_model_compiles_whole(family: str, tokens: torch.Tensor) -> None:
         torch.testing.assert_close(grad, plain[name], **CLOSE, msg=name)
 
 
+@pytest.mark.slow
+def test_model_compiled_by_the_default_backend_trains_as_in_eager_mode(tokens: torch.Tensor) -> None:
+    """All layers in one graph, forward and backward, through three steps of an optimizer."""
+    losses = []
+    for compiles in (False, True):
+        model = entmax_model(alpha_learned=True, positions="nape").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.compiler.reset()
+        step = torch.compile(model, fullgraph=True) if compiles else model
+        for _ in range(3):
+            loss = step(**padded(tokens), use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+    torch.testing.assert_close(losses[3:], losses[:3], **CLOSE)
+    assert losses[2] < losses[0]
+
+
 def test_model_compiles_once_for_a_schedule_of_alpha(tokens: torch.Tensor) -> None:
     torch.compiler.reset()
     counter = CompileCounter()
@@ -492,11 +534,26 @@ def test_model_compiles_once_for_a_schedule_of_alpha(tokens: torch.Tensor) -> No
     torch.testing.assert_close(model(tokens).logits, logits, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["rope", "nape", "window"])
 @torch.no_grad()
-def test_model_exports(tokens: torch.Tensor) -> None:
-    model = entmax_model(config={"num_hidden_layers": 1})
-    program = torch.export.export(model, (tokens,), {"use_cache": False})
-    torch.testing.assert_close(program.module()(tokens, use_cache=False).logits, model(tokens).logits, **CLOSE)
+def test_model_exports_for_every_batch_and_length(name: str) -> None:
+    """One exported program, padded on either side or not, against the model in eager mode."""
+    settings: dict[str, Any] = {"positions": "nape", "alpha_learned": True} if name == "nape" else {}
+    family = "mistral" if name == "window" else "llama"
+    model = entmax_model(family, {"num_hidden_layers": 1}, **settings)
+    shape = {0: Dim("batch"), 1: Dim("length", min=2, max=512)}
+    tokens = random_tokens(2, 9)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    shapes = {"input_ids": shape, "attention_mask": shape, "use_cache": None}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for batch, length in ((1, 2), (3, 21), (2, 64)):
+        tokens = random_tokens(batch, length, seed=length)
+        mask = torch.ones_like(tokens)
+        mask[0, : length // 2] = 0
+        mask[-1, -(length // 4) or length :] = 0
+        for attention_mask in (mask, torch.ones_like(mask)):
+            inputs = {"input_ids": tokens, "attention_mask": attention_mask, "use_cache": False}
+            torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
 # Declarations

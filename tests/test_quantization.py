@@ -1,4 +1,4 @@
-"""torchao's 8-bit weights in ASEntmax models: every linear layer but the query scale, which stays as it is."""
+"""Weights of torchao and bitsandbytes in ASEntmax models: all linear layers but the query scale, which stays as is."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from helpers import TOLERANCE, random_tokens
 from peft import LoraConfig, get_peft_model
-from test_patching import FOUND, entmax_model, native_model, randomize_scale
+from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_asentmax import patch_model
 
@@ -97,3 +98,43 @@ def test_quantized_model_trains_an_adapter_and_its_query_scale(tmp_path: Path) -
     model.train()(TOKENS, labels=TOKENS).loss.backward()
     optimizer.step()
     assert not torch.allclose(logits_of(model), before, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FOUND)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_leaves_the_query_scale_alone(bits: int, family: str, tmp_path: Path) -> None:
+    """Against the same model with each linear layer's weight as bitsandbytes gives it back."""
+    model = entmax_model(family, {"hidden_size": 64, "head_dim": 16}, alpha_learned=True)  # 4 bits: blocks of 64
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    )
+    assert type(loaded) is type(model)
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    quantized = {f"{name}.weight" for name, module in loaded.named_modules() if isinstance(module, kind)}
+    assert quantized == linear_names(model) - {"lm_head.weight"}  # Transformers' own exception
+    scales = {name: x for name, x in model.named_parameters() if ".query_scale." in name}
+    found = {name: x for name, x in loaded.named_parameters() if ".query_scale." in name}
+    assert scales.keys() == found.keys()
+    assert all(torch.equal(found[name], x) for name, x in scales.items())
+    plain = copy.deepcopy(model)
+    for name, module in plain.named_modules():
+        if f"{name}.weight" in quantized:
+            module.weight = nn.Parameter(given_back(loaded.get_submodule(name)))
+    # bitsandbytes rounds the inputs too, to 8 or 16 bits: near is what is far nearer than the same without its scale.
+    expected = logits_of(plain)
+    for module in attention_modules(plain):
+        module.query_scale.reset_parameters()
+    assert (logits_of(loaded) - expected).abs().max() < 0.2 * (logits_of(plain) - expected).abs().max()
+    assert torch.equal(
+        loaded.generate(TOKENS, max_new_tokens=3, do_sample=False),
+        loaded.generate(TOKENS, max_new_tokens=3, do_sample=False, use_cache=False),
+    )
+
+
+def given_back(layer: Any) -> torch.Tensor:
+    """The weight that a layer of bitsandbytes computes with, in ordinary numbers."""
+    weight = layer.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return weight.CB.float() * weight.SCB[:, None] / 127.0

@@ -126,7 +126,7 @@ def dpo_trainer(model: Any, folder: Path, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("through", ["folder", "ref_model", "adapter"])
+@pytest.mark.parametrize("through", ["folder", "saved", "ref_model", "adapter"])
 def test_trl_dpo_starts_at_log_2_and_trains(through: str, tmp_path: Path) -> None:
     """Where the reference (the folder's, a copy, the base) computed anything but the model, it would not be log 2."""
     model = entmax_model()
@@ -136,7 +136,7 @@ def test_trl_dpo_starts_at_log_2_and_trains(through: str, tmp_path: Path) -> Non
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     elif through == "ref_model":
         options["ref_model"] = copy.deepcopy(model)
-    else:
+    elif through == "adapter":
         options["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["query_scale"])
     trainer = dpo_trainer(model, tmp_path / "run", **options)
     assert through == "adapter" or type(trainer.ref_model) is type(model)

@@ -82,6 +82,17 @@ def test_a_truncated_checkpoint_does_not_load_and_is_named(checkpoint: Path) -> 
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
+def test_pickled_weights_do_not_load_unless_asked_for(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    (checkpoint / WEIGHTS).unlink()
+    torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
+    for chosen in ({}, {"use_safetensors": None}, {"use_safetensors": True}):
+        with pytest.raises(OSError, match=WEIGHTS):
+            AutoModelForCausalLM.from_pretrained(checkpoint, **chosen)
+    again = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=False)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
 def test_whole_shards_are_accepted(shards: Path) -> None:
     config, files = check_checkpoint(shards)
     assert config["model_type"] == "asentmax_llama"

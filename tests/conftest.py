@@ -13,6 +13,8 @@ from pathlib import Path
 # Read when transformers, datasets and matplotlib are imported, so set before anything else here imports them.
 _CACHE = tempfile.mkdtemp(prefix="hf_asentmax-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HOME=_CACHE,  # a checkpoint's remote code is cached here: never read a former run's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 from test_patching import entmax_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from training_setup import tiny_texts, tiny_tokenizer, write_texts
+from transformers import PreTrainedTokenizerFast
 
 QUESTIONS = tiny_texts(6)
 ANSWERS = ["a", "bcd", "efghijklm"]
@@ -100,3 +105,40 @@ def test_lm_eval_needs_no_import_of_the_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(found).double(), expected, **CLOSE)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word: RULER builds its texts to a number of tokens, and of letters a sentence would have too many."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1, "magic": 2, "number": 3, "grass": 4}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>")
+
+
+@pytest.mark.parametrize(
+    "name", ["niah_single_1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vt", "cwe", "fwe"))]
+)
+def test_lm_eval_answers_ruler_in_batches_as_one_by_one(name: str, tmp_path: Path) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    save(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    answers = []
+    for batch_size in (1, 3):
+        random.seed(0)  # some tasks draw their texts without a seed
+        result: Any = lm_eval.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={tmp_path},dtype=float32,max_length=4096",
+            tasks=[str(Path(lm_eval.__file__).parent / "tasks" / "ruler" / f"{name}.yaml")],
+            batch_size=batch_size,
+            device="cpu",
+            bootstrap_iters=0,
+            limit=3,
+            gen_kwargs={"max_gen_toks": 4},
+            task_manager=TaskManager(include_defaults=False, metadata={"pretrained": str(tmp_path)}),
+        )
+        (samples,) = result["samples"].values()
+        assert all(sample["4096"] is not None for sample in samples)
+        answers.append({sample["doc"]["input"]: sample["filtered_resps"] for sample in samples})
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 3

@@ -95,7 +95,7 @@ def _scores_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _threshold_kernel(
     scores_ptr, tops_ptr, alpha_ptr, thresholds_ptr, marks_ptr, list_ptr, alpha_stride,
-    T, N, H, GROUP, n_key_tiles, alpha_value,
+    T, H, GROUP, n_key_tiles, alpha_value,
     ALPHA: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row, bh_kv = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -280,7 +280,8 @@ def kernel_decode(problem: Problem) -> Tensor:
         _THRESHOLD,
         some("EXACT", "CHUNK", "TILES"),
         kind(x.alpha),
-        scores, tops, x.alpha, thresholds, marks, tile_list, x.alpha_stride, *sizes, x.alpha_value,
+        scores, tops, x.alpha, thresholds, marks, tile_list, x.alpha_stride, T, H, x.group, x.n_key_tiles,
+        x.alpha_value,
     )  # fmt: skip
     launch(
         _partial_kernel,

@@ -73,8 +73,8 @@ def main() -> None:
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(output_dir="runs/synthetic", logging_steps=100, save_steps=1000, save_total_limit=2)
-    parser.set_defaults(positions="nape", max_steps=26000, per_device_train_batch_size=1024, learning_rate=1e-3)
-    parser.set_defaults(lr_scheduler_type="cosine", warmup_steps=0.05, adam_beta2=0.99, report_to="none")
+    parser.set_defaults(positions="nape", max_steps=26000, per_device_train_batch_size=1024, learning_rate=5e-4)
+    parser.set_defaults(lr_scheduler_type="linear", warmup_steps=300, adam_beta2=0.99, report_to="none")
     parser.set_defaults(logging_nan_inf_filter=False)  # it waits for the device at every step
     choice, run, args = parser.parse_args_into_dataclasses()
 

@@ -23,6 +23,7 @@ from hf_asentmax import entmax_attention
 from hf_asentmax.analysis import attention_support
 from hf_asentmax.benchmark.cases import benchmark_case
 from hf_asentmax.benchmark.command import BenchmarkArguments
+from hf_asentmax.benchmark.generation import CACHES, GenerationCase, benchmark_generation
 from hf_asentmax.benchmark.implementations import (
     IMPLEMENTATIONS,
     Implementation,
@@ -34,7 +35,7 @@ from hf_asentmax.benchmark.implementations import (
 )
 from hf_asentmax.benchmark.inputs import BAND, BLOCK, CASES, Case, make_inputs, measure_support
 from hf_asentmax.benchmark.models import SIZES, ModelCase, benchmark_model, build_model, model_support
-from hf_asentmax.benchmark.report import crossings
+from hf_asentmax.benchmark.report import crossings, generation_table
 from hf_asentmax.ops import reference
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmark_attention.py"
@@ -198,6 +199,9 @@ def test_arguments_choose_cases() -> None:
     models = BenchmarkArguments(models=True, contexts=[2048])
     assert not models.chosen_cases()
     assert len(models.chosen_models()) == 6
+    generation = BenchmarkArguments(generation=True, prompts=[4096], caches=["static"])
+    assert not generation.chosen_cases()
+    assert [case.name for case in generation.chosen_generation()] == ["static_4096"] * 3
 
 
 def test_crossing_lies_where_the_ratio_is_one() -> None:
@@ -237,7 +241,7 @@ def test_script_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit, match="error: device must be .* an NVIDIA GPU, .* --plot"):
         run_script(monkeypatch, "--output_dir", tmp_path)
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(SystemExit, match="error: .*results.json must hold runs, rows and models"):
+    with pytest.raises(SystemExit, match="error: .*results.json must hold runs, rows, models, generation"):
         run_script(monkeypatch, "--plot", tmp_path / "results.json")
     with pytest.raises(SystemExit, match="error: results must hold a timed sweep"):
         run_script(monkeypatch, "--plot", tmp_path / "none.json")
@@ -260,6 +264,32 @@ def test_models_are_trained_and_timed(attention: str, setting: str) -> None:
     assert row["case"] == f"{setting}_192"
     assert row["tokens_per_s"]["low"] > 0
     assert (row["support"] is None) == (attention == "softmax_sdpa")
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("attention", ["softmax_sdpa", "asentmax_nape"])
+def test_generation_is_timed_token_by_token(attention: str, cache: str) -> None:
+    case = GenerationCase(attention, 96, cache, new_tokens=3, block_sparsity=0.3)
+    row = benchmark_generation(case, seed=0, device=CPU, sizes=TINY_MODEL | {"num_key_value_heads": 2})
+    assert row["case"] == f"{cache}_96"
+    assert row["prefill_ms"]["low"] > 0
+    assert row["tokens_per_s"]["low"] > 0
+    assert (row["support"] is None) == (attention == "softmax_sdpa")
+    cells = generation_table([row | {"run": 0}]).splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[1:4]] == [attention, "96", cache]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache": "paged"}, "cache must be one of dynamic, static, got 'paged'"),
+        ({"attention": "flash"}, "attention must be one of softmax_sdpa"),
+        ({"new_tokens": 1}, "new_tokens must be at least 2, got 1"),
+    ],
+)
+def test_generation_case_refuses_what_can_not_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(GenerationCase("softmax_sdpa", 96, "static"), **change)
 
 
 def test_model_support_is_that_of_its_attention_weights() -> None:

@@ -20,13 +20,15 @@ from tqdm.auto import tqdm
 from ..checkpoints import write_json
 from ..options import option
 from .cases import benchmark_case
+from .generation import CACHES, GenerationCase, benchmark_generation
 from .implementations import IMPLEMENTATIONS
 from .inputs import CASES, PATTERNS, Case
 from .models import ATTENTIONS, SETTINGS, ModelCase, benchmark_model
-from .report import OURS, case_table, models_table, plot_benchmark, tables
+from .report import OURS, case_table, generation_table, models_table, plot_benchmark, tables
 
 SWEEPS = ("lengths", "sparsity")
 TARGETS = tuple(name for name in CASES if name != "huge")
+KEPT = ("runs", "rows", "models", "generation")  # what results.json holds
 DEFAULTS = {
     "cuda": [name for name in IMPLEMENTATIONS if name != "sdpa_math"],
     "cpu": ["asentmax", "sdpa_math"],
@@ -35,7 +37,7 @@ DEFAULTS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure. Without --cases, --sweep, --models and --plot: all cases."""
+    """What to measure. Without --cases, --sweep, --models, --generation and --plot: all cases."""
 
     cases: list[str] = option(
         [],
@@ -50,12 +52,20 @@ class BenchmarkArguments:
     models: bool = option(
         False, "Training tokens/s of a 120M Llama: ASEntmax with NAPE and with RoPE, and softmax with SDPA."
     )
+    generation: bool = option(
+        False,
+        "Speed of generate() by length of the prompt, prefill and decoding: a 1.1B Llama with the same attentions.",
+    )
     implementations: list[str] = option(
         [], "What to compare; by default all that run on the device, sdpa_math only on a CPU.", tuple(IMPLEMENTATIONS)
     )
     lengths: list[int] = option([2048, 4096, 8192, 16384, 32768, 65536], "Tokens of --sweep lengths.")
     sparsities: list[float] = option([0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98], "Block sparsities of --sweep sparsity.")
     contexts: list[int] = option([2048, 8192, 32768], "Context lengths of --models; a step takes 32768 tokens.")
+    prompts: list[int] = option([4096, 32768, 131072], "Tokens of the prompt of --generation.")
+    caches: list[str] = option(
+        list(CACHES), "Caches of --generation; Transformers compiles the decoding of a static one.", CACHES
+    )
     model_settings: list[str] = option(
         list(SETTINGS),
         "--models on 'fresh' weights and random tokens (nearly dense), or on 'topics' (of --block_sparsity).",
@@ -84,7 +94,7 @@ class BenchmarkArguments:
     def chosen_cases(self) -> list[Case]:
         """The attention cases in order: the named ones, each followed by its twin with slopes, then the sweeps."""
         sizes = (self.batch, self.heads, self.kv_heads, self.tokens, self.head_dim, self.block_sparsity, self.pattern)
-        nothing = not (self.cases or self.sweep or self.models)
+        nothing = not (self.cases or self.sweep or self.models or self.generation)
         names = [each for name in self.cases or (["all"] if nothing else []) for each in _named(name)]
         cases = [Case("custom", *sizes) if name == "custom" else CASES[name] for name in dict.fromkeys(names)]
         if self.nape:
@@ -103,6 +113,16 @@ class BenchmarkArguments:
             for context in self.contexts
             for attention in ATTENTIONS
             if self.models and not self.compile_only
+        ]
+
+    def chosen_generation(self) -> list[GenerationCase]:
+        """The measurements of generate() in order."""
+        return [
+            GenerationCase(attention, prompt, cache, block_sparsity=self.block_sparsity)
+            for prompt in self.prompts
+            for cache in self.caches
+            for attention in ATTENTIONS
+            if self.generation and not self.compile_only
         ]
 
 
@@ -130,7 +150,7 @@ def run_benchmark(args: BenchmarkArguments) -> Iterator[str]:
             "device must be one that is there, got 'cuda' without a GPU that PyTorch can use; run on a machine with an "
             "NVIDIA GPU, draw former results with --plot results.json, or try --device cpu --cases custom --tokens 2048"
         )
-    cases, models = args.chosen_cases(), args.chosen_models()
+    cases, models, generation = args.chosen_cases(), args.chosen_models(), args.chosen_generation()
     chosen = [IMPLEMENTATIONS[name] for name in args.implementations or DEFAULTS[device.type]]
     path = Path(args.output_dir) / "results.json"
     results = read_results(path)
@@ -156,6 +176,11 @@ def run_benchmark(args: BenchmarkArguments) -> Iterator[str]:
         _replace(results["models"], [row])
         _write(results, path)
         yield models_table([one for one in results["models"] if one["case"] == model.name])
+    for each in tqdm(generation, desc="generation", unit="model", disable=not generation):
+        row = benchmark_generation(each, seed=args.seed, device=device) | {"run": len(results["runs"]) - 1}
+        _replace(results["generation"], [row])
+        _write(results, path)
+        yield generation_table([one for one in results["generation"] if one["case"] == each.name])
     if not args.compile_only:
         yield f"written: {', '.join(map(str, _report(results, path)))}"
     if bad:
@@ -179,19 +204,19 @@ def _about(args: BenchmarkArguments, device: torch.device) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results of former runs, {"runs": [...], "rows": [...], "models": [...]}; empty ones if there is no file.
+    """The results of former runs, the lists of KEPT; empty ones if there is no file.
 
     Raises:
         ValueError: the file holds something else.
     """
     if not path.is_file():
-        return {"runs": [], "rows": [], "models": []}
+        return {name: [] for name in KEPT}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got {error}; remove it or name another folder") from error
-    if not isinstance(results, dict) or not {"runs", "rows", "models"} <= set(results):
-        raise ValueError(f"{path} must hold runs, rows and models, got something else; name another folder")
+    if not isinstance(results, dict) or not set(KEPT) <= set(results):
+        raise ValueError(f"{path} must hold {', '.join(KEPT)}, got something else; name another folder")
     return results
 
 

@@ -120,13 +120,14 @@ def build_model(
     torch.manual_seed(seed)
     positions = ATTENTIONS[case.attention]
     model: Any
-    if positions is None:
-        config = LlamaConfig(**sizes, max_position_embeddings=case.context)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    else:
-        own = ASEntmaxLlamaConfig(**sizes, max_position_embeddings=case.context, positions=positions)
-        model = ASEntmaxLlamaForCausalLM(own)
-    model.to(device, torch.bfloat16)
+    with device:  # a billion weights take the host many seconds
+        if positions is None:
+            config = LlamaConfig(**sizes, max_position_embeddings=case.context)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        else:
+            own = ASEntmaxLlamaConfig(**sizes, max_position_embeddings=case.context, positions=positions)
+            model = ASEntmaxLlamaForCausalLM(own)
+    model.to(torch.bfloat16)
     vocabulary, sequences = sizes["vocab_size"], case.step_tokens // case.context
     input_ids = torch.randint(vocabulary, (sequences, case.context))
     if case.setting == "topics":
@@ -140,7 +141,9 @@ def build_model(
         direction = torch.randn(clusters, sizes["hidden_size"]).to(embeddings) * embeddings.std() * SHARED
         embeddings += direction[torch.arange(vocabulary, device=device) % clusters]
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.copy_(layer.self_attn.k_proj.weight)
+            heads = layer.self_attn.k_proj.weight.unflatten(0, (-1, layer.self_attn.head_dim))
+            each = heads.repeat_interleave(layer.self_attn.num_key_value_groups, 0)  # a query head as its keys' head
+            layer.self_attn.q_proj.weight.copy_(each.flatten(0, 1))
     return model, input_ids.to(device)
 
 

@@ -126,6 +126,30 @@ def models_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(markdown_table(header, lines))
 
 
+def generation_table(rows: list[dict[str, Any]]) -> str:
+    """Speed of generate() as Markdown: prefill, decoding (10 to 90 %), both as ratios to softmax, memory, support."""
+    lines = []
+    for group in _groups(rows):
+        for row in group:
+            prefill, speed, support, case = (
+                row[name] for name in ("prefill_ms", "tokens_per_s", "support", "settings")
+            )
+            same = [one for one in group if one["implementation"] == "softmax_sdpa" and one["run"] == row["run"]]
+            ratios = ["", ""]
+            if same:
+                ratios = [
+                    f"{same[0]['prefill_ms']['median'] / prefill['median']:.2f}",
+                    f"{speed['median'] / same[0]['tokens_per_s']['median']:.2f}",
+                ]
+            times = f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})"
+            memory = f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else ""
+            sparse = f"{support['block_sparsity']:.2f}" if support else ""
+            line = [row["implementation"], f"{case['prompt']}", case["cache"], f"{prefill['median']:.0f}", ratios[0]]
+            lines.append([*line, times, ratios[1], memory, sparse])
+    header = ["model", "prompt", "cache", "prefill ms", "speed / softmax", "decoded tokens/s", "/ softmax", "peak GiB"]
+    return "\n".join(markdown_table([*header, "block sparsity"], lines))
+
+
 def tables(results: dict[str, Any]) -> str:
     """Every table, and the runs they come from."""
     parts = []
@@ -135,6 +159,8 @@ def tables(results: dict[str, Any]) -> str:
     parts += [case_table(group, results["rows"]) for group in _groups(results["rows"])]
     if results["models"]:
         parts.append(models_table(results["models"]))
+    if results["generation"]:
+        parts.append(generation_table(results["generation"]))
     return "\n\n".join(parts)
 
 

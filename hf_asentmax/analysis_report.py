@@ -28,6 +28,7 @@ from .analysis_plots import (
 from .benchmark.inputs import CASES
 from .benchmark.report import markdown_table
 from .checkpoints import write_json
+from .data import long_documents
 from .formula_plots import FORMULA_FIGURES, dispersion_rows
 from .methods import method_name
 from .options import option
@@ -59,8 +60,15 @@ class AnalysisArguments:
     text: str | None = option(
         None, "Text file to read; without it, the validation stream of the task in the task.json of the model's folder."
     )
+    data: str | None = option(
+        None,
+        "Held-out documents in place of a text, as for `hf-asentmax evaluate perplexity`: of those that hold the "
+        "longest length the last tokens, so that the final queries are the same at every length.",
+    )
+    text_column: str = option("text", "Column of --data with the text; where it is missing: tokens of 'input_ids'.")
     lengths: list[int] = option(
-        [64, 256, 1024], "Tokens: of the text, or of the task's source. Beyond the trained length as far as you like."
+        [64, 256, 1024],
+        "Tokens: of the text or document, or of the task's source. Beyond the trained length as far as you like.",
     )
     samples: int = option(4, "Sequences at each length; time goes with their number and the square of the length.")
     method: list[str] = option([], "Names of the models in tables and pictures; by default the kind of attention.")
@@ -121,6 +129,8 @@ def _check(args: AnalysisArguments) -> list[str]:
         value = getattr(args, name)
         if not value or min(value if isinstance(value, list) else [value]) < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}; correct it")
+    if args.text is not None and args.data is not None:
+        raise ValueError(f"text must be None where --data is given, got {args.text!r}; give one of them")
     if not args.model and (unfit := [name for name in args.figures if name in MODEL_FIGURES]):
         raise ValueError(f"figures must be of formulas where no model is given, got {unfit!r}; give --model")
     if args.method and len(args.method) != len(args.model):
@@ -149,9 +159,21 @@ def load_model(source: str, dtype: str = "float32", device: str | None = None) -
 
 def _sequences(source: str, args: AnalysisArguments, length: int, samples: int) -> tuple[Tensor, Tensor]:
     """Tokens (samples, T), and which queries are final: those that predict a task's answer, or the last of a text."""
+    final = (torch.arange(length) >= length - FINAL_TOKENS).expand(samples, -1)
+    if args.data is not None:
+        longest = max(*args.lengths, length)
+        read, documents = long_documents(args.data, [source], longest, column=args.text_column, most=samples)
+        if len(documents) < samples:
+            raise ValueError(
+                f"samples must be at most the {len(documents)} documents of {read} that hold {longest} tokens, got "
+                f"{samples}; lower --samples or --lengths"
+            )
+        return torch.tensor([ids[-length:] for ids in documents]), final
     if args.text is None:
         if not (Path(source) / "task.json").is_file():
-            raise ValueError(f"text must be given for {source}, which has no task.json, got None; give --text FILE")
+            raise ValueError(
+                f"text must be given for {source}, which has no task.json, got None; give --text or --data"
+            )
         task = load_task(None, source)
         one = [sample_batch(task, 1, length, stream="validation", seed=args.seed, index=i) for i in range(samples)]
         ids, labels = (torch.cat([batch[name] for batch in one]) for name in ("input_ids", "labels"))
@@ -165,8 +187,7 @@ def _sequences(source: str, args: AnalysisArguments, length: int, samples: int) 
             f"text must hold samples x length = {needed} tokens, got {len(tokens)} in {args.text}; lower --samples or "
             "--lengths, or give a longer text"
         )
-    ids = torch.tensor(tokens[:needed]).view(samples, length)
-    return ids, (torch.arange(length) >= length - FINAL_TOKENS).expand(samples, -1)
+    return torch.tensor(tokens[:needed]).view(samples, length), final
 
 
 def _measure(model: Any, source: str, name: str, args: AnalysisArguments) -> tuple[list[Row], list[Row]]:
@@ -255,8 +276,8 @@ def summary_table(rows: Sequence[Row]) -> str:
     header = ["model", "length", "heads", *(title for title, _ in _COLUMNS.values()), f"heads at >= {low:g}"]
     about = f"""Means over the heads. Keys a query, exact zeros (share of visible pairs) and block sparsity (share of
 visible 64 x 64 blocks) are over all queries; the others are over the final queries: those that predict a task's
-answer, or the last {FINAL_TOKENS} of a text. Zeros of softmax are float32 underflow. The kernels are benchmarked at a
-block sparsity of {low:g} to {high:g}."""
+answer, or the last {FINAL_TOKENS} of a text or document. Zeros of softmax are float32 underflow. The kernels are
+benchmarked at a block sparsity of {low:g} to {high:g}."""
     return "\n".join([*markdown_table(header, lines), "", about])
 
 

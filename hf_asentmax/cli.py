@@ -16,12 +16,13 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from .analysis_report import AnalysisArguments, run_analysis
+from .cloze import ClozeArguments, run_cloze
 from .conversion import ConvertArguments, run_conversion
 from .inspection import inspect_checkpoint
 from .ladder import LadderArguments, run_ladder
 from .options import HelpFormatter
 from .perplexity import PerplexityArguments, run_perplexity
-from .retrieval import RetrievalArguments, run_retrieval
+from .retrieval import RetrievalArguments, SamplesArguments, run_retrieval, run_samples
 
 EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib")  # of the extra "eval"; a command imports what it needs
 
@@ -82,27 +83,37 @@ examples:
         """\
 Perplexity by context length, always of the same final tokens of each document, and by position in the document.
 
-Any causal language model can be given, softmax or ASEntmax. Prints tables and writes them to --output as JSON.""",
+Any causal language model can be given, softmax or ASEntmax; several are compared on the same tokens, with the ratio to
+the first one's perplexity. Only documents that hold the longest length count, at every length. Intervals are
+bootstrapped by document. Prints tables; --output_dir gets results.json (with the loss of each document), results.md and
+a picture.""",
         """\
 examples:
   %(prog)s --model runs/smollm2 --data validation.parquet --lengths 1024 2048 4096
+  several models:   ... --model runs/softmax runs/nape --method softmax ASEntmax --bf16 --output_dir runs/perplexity
+  RoPE stretched eight times, beside itself:   ... --model runs/softmax runs/softmax --rope none yarn:8
   several GPUs, the documents shared among them:   accelerate launch -m hf_asentmax evaluate perplexity ...
 """,
     ),
     ("evaluate", "retrieval"): Command(
         RetrievalArguments,
         run_retrieval,
-        "passkey and needle by length and depth",
+        "facts hidden in text, by length and depth",
         """\
 Retrieval accuracy by length, as far beyond the training length as you like: nothing is cut to a context limit.
 
-passkey and needle hide a number in text and let the model write; needle goes by depth and length. Several models are
-compared on the same samples. Prints a table; --output_dir gets results.json, results.md and a picture. For models that
-were trained on a generated task there is `hf-asentmax evaluate synthetic` (scripts/evaluate_synthetic.py).""",
+Facts are hidden in text and asked for, and the model writes: a pass key, a magic number (needle), one of four
+(multikey), four of one name (multivalue) or of four (multiquery), variables set to each other, the common words of a
+list, the most frequent ones: RULER's tasks in words of our own, from 256 tokens on, scored by the share of the answers
+that the text contains. needle and multikey go by depth and length. Several models are compared on the same samples.
+Prints a table; --output_dir gets results.json, results.md and a picture. For models that were trained on a generated
+task there is `hf-asentmax evaluate synthetic` (scripts/evaluate_synthetic.py).""",
         """\
 examples:
   %(prog)s --model SmolLM2-135M --task needle --lengths 512 1024 --output_dir runs/needle
   two models, one picture:    ... --model runs/softmax runs/asentmax --task passkey --lengths 1024 2048 4096
+  on a GPU, several tasks:    ... --task multikey multivalue variables --samples 200 --batch_size 16 --bf16
+  RoPE stretched eight times, beside itself:   ... --model runs/softmax runs/softmax --rope none yarn:8
   several GPUs, the samples shared among them:   accelerate launch -m hf_asentmax evaluate retrieval ...
 """,
     ),
@@ -126,6 +137,42 @@ examples:
   several GPUs, the samples shared among them:   accelerate launch -m hf_asentmax evaluate synthetic ...
 """,
     ),
+    ("write", "retrieval"): Command(
+        SamplesArguments,
+        run_samples,
+        "prompts of the retrieval tasks with their answers, to fine-tune on",
+        """\
+Prompts of the retrieval tasks with their answers, to fine-tune on. A small model that was never asked to retrieve
+scores 0 at every length, which says nothing: train every method on the same file, at the training length only, and
+evaluate with `hf-asentmax evaluate retrieval`, whose samples are drawn from other seeds. Keep these scores apart from
+zero-shot ones.
+
+Each line has prompt and completion, which scripts/finetune.py takes (the loss is on the completion), and TRL's
+SFTTrainer.""",
+        """\
+examples:
+  %(prog)s --tokenizer runs/nape --length 1024 --output retrieval.jsonl
+  two tasks:   ... --task needle variables --samples 4000
+  then:        python scripts/finetune.py --model runs/nape --data retrieval.jsonl --sequence_length 1024 ...
+""",
+    ),
+    ("write", "cloze"): Command(
+        ClozeArguments,
+        run_cloze,
+        "a cloze set made of text, as a task of lm-eval",
+        """\
+A cloze set of held-out text, as a local task of lm-eval: does a model still do at short contexts what it did?
+
+After LAMBADA: the last word of a sentence is asked for where it stands in the 50 to 150 words before. It has four
+lower-case letters or more and comes once in its sentence; passages don't overlap (hf_asentmax.cloze has the rules).
+lm-eval gives the accuracy of the greedy word with its standard error, and the perplexity of a word.""",
+        """\
+examples:
+  %(prog)s --data held-out.parquet --samples 2000 --output_dir runs/cloze
+  then:   lm_eval --model hf --model_args pretrained=runs/nape,trust_remote_code=True --include_path runs/cloze
+              --tasks cloze --batch_size 16
+""",
+    ),
     ("plot",): Command(
         AnalysisArguments,
         run_analysis,
@@ -143,6 +190,7 @@ examples:
   %(prog)s                                                        the formulas; no model needed
   %(prog)s --model runs/softmax runs/asentmax --lengths 64 256 1024 4096     generated task
   a language model on a text:   ... --model runs/smollm2 --text book.txt --lengths 512 1024 2048 --samples 2
+  on documents:                 ... --model runs/softmax runs/nape --data held-out.parquet --figures sparsity heads
   one picture:                  ... --model runs/asentmax --figures map --map_length 64 --heads 0:5 1:3 1:6
 On a CPU 4,096 tokens are comfortable; on a GPU 16,384 and beyond (--dtype bfloat16 --samples 1).
 """,
@@ -169,7 +217,17 @@ examples:
   %(prog)s synthetic --model runs/synthetic --bf16 --output_dir runs/synthetic/test
 Each has a --help of its own.
 """,
-    }
+    },
+    ("write",): {
+        "help": "data to train on, or to evaluate with lm-eval",
+        "description": "Write data sets: samples to fine-tune on, and tests of short contexts.",
+        "epilog": """\
+examples:
+  %(prog)s retrieval --tokenizer runs/nape --length 1024 --output retrieval.jsonl
+  %(prog)s cloze --data held-out.parquet --samples 2000 --output_dir runs/cloze
+Each has a --help of its own.
+""",
+    },
 }
 
 

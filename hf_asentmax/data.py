@@ -1,16 +1,18 @@
-"""Training data from any `datasets` source: local files, globs and folders, saved datasets, and the Hub."""
+"""Training data and held-out documents from any `datasets` source: files, globs, folders, saved datasets, the Hub."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .packing import PackedDataset, PackedStream, token_lists
+from .packing import CompletionDataset, PackedDataset, PackedStream, token_lists
 
 # What reads a file, by its ending. A text file is one document, not one document a line.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -23,6 +25,7 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document"}),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPLETIONS = {"prompt", "completion"}  # the columns of samples that are no running text
 
 
 def _help(text: str) -> dict[str, str]:
@@ -42,7 +45,11 @@ class DataArguments:
     data_name: str | None = field(default=None, metadata=_help("Configuration of a Hub dataset, such as 'en'."))
     data_split: str = field(default="train", metadata=_help("Split to train on; files are the split 'train'."))
     text_column: str = field(
-        default="text", metadata=_help("Column with the text; where it is missing, tokens are taken from 'input_ids'.")
+        default="text",
+        metadata=_help(
+            "Column with the text. Where it is missing, tokens are taken from 'input_ids', or samples from 'prompt' "
+            "and 'completion': each is a row of its own, with the loss on the completion."
+        ),
     )
     sequence_length: int = field(default=1024, metadata=_help("Tokens in a row; documents are packed to this length."))
     streaming: bool = field(
@@ -57,7 +64,13 @@ class DataArguments:
 
 
 def load_documents(
-    source: str, *, name: str | None = None, split: str = "train", streaming: bool = False, column: str = "text"
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    column: str = "text",
+    completions: bool = False,
 ) -> Any:
     """Open a source of documents; nothing is tokenised yet, and of a stream only the first document is read.
 
@@ -67,6 +80,7 @@ def load_documents(
         split: the split; files given one by one or by a glob make the split "train".
         streaming: give a `datasets.IterableDataset` instead of a `datasets.Dataset`.
         column: the column that must be there (or "input_ids").
+        completions: take "prompt" and "completion" in place of it as well.
 
     Raises:
         FileNotFoundError: nothing lies at `source`.
@@ -87,7 +101,7 @@ def load_documents(
     first = next(iter(documents), None)
     if first is None:
         raise ValueError(f"data source must hold documents, got {source!r}: it is empty; check file and split")
-    if column not in first and "input_ids" not in first:
+    if not (column in first or "input_ids" in first or (completions and COMPLETIONS.issubset(first))):
         raise ValueError(f"text column of {source} must be one of {sorted(first)}, got {column!r}; set --text_column")
     return documents
 
@@ -151,29 +165,96 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Any:
     return documents.to_iterable_dataset() if streaming else documents
 
 
+def long_documents(
+    data: str,
+    models: Sequence[str],
+    longest: int,
+    *,
+    split: str = "train",
+    column: str = "text",
+    most: int | None = None,
+) -> tuple[int, list[list[int]]]:
+    """The tokens of the first so many documents that are long enough.
+
+    Args:
+        data: as for :func:`load_documents`.
+        models: folders or Hub ids; text is cut by the tokenizer of the first, which must be that of all.
+        longest: tokens that a document must have.
+        split: the split.
+        column: the column with the text; where it is missing, tokens are taken from "input_ids".
+        most: stop after so many.
+
+    Returns:
+        How many documents were read, and the tokens of those that are long enough.
+
+    Raises:
+        ValueError: no document is long enough, or the tokenizers differ.
+        FileNotFoundError: nothing lies at `data`.
+    """
+    documents = load_documents(data, split=split, column=column)
+    tokens: Iterable[list[int]]
+    if column in next(iter(documents)):
+        tokenizer = AutoTokenizer.from_pretrained(models[0])
+        for source in models[1:]:
+            if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    f"models must share one tokenizer to be compared by token, got {models[0]} and {source}; "
+                    "evaluate them one by one"
+                )
+        tokens = token_lists(documents, tokenizer, column)
+    else:
+        tokens = (row["input_ids"] for row in documents)
+    read, most_tokens, enough = 0, 0, []
+    for ids in tokens:
+        read, most_tokens = read + 1, max(most_tokens, len(ids))
+        if len(ids) >= longest:
+            enough.append(list(ids))
+        if len(enough) == most:
+            break
+    if not enough:
+        raise ValueError(
+            f"documents must hold one of at least {longest} tokens, the longest of {read} has {most_tokens}; "
+            "lower the lengths or give longer documents"
+        )
+    return read, enough
+
+
 def load_packed(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> tuple[PackedDataset | PackedStream, PackedDataset | None]:
     """The training rows and, where there is `eval_data`, the held-out rows.
 
     Both sources are opened before either is tokenised, so a wrong path costs no time. Held-out rows are always held in
-    memory, in the order of the source.
+    memory, in the order of the source. Prompts with completions give a :class:`CompletionDataset`.
 
     Args:
         args: the sources and the row length.
         tokenizer: a tokenizer with an end-of-sequence token.
         seed: seed of a stream's order.
+
+    Raises:
+        FileNotFoundError: nothing lies at a source.
+        ValueError: a source is not as :func:`load_documents` takes it, or samples with completions are to be streamed
+            or don't fit into a row.
     """
     column, length = args.text_column, args.sequence_length
-    shared: dict[str, Any] = {"name": args.data_name, "column": column}
+    shared: dict[str, Any] = {"name": args.data_name, "column": column, "completions": True}
     train = load_documents(args.data, split=args.data_split, streaming=args.streaming, **shared)
     held_out = None if args.eval_data is None else load_documents(args.eval_data, split=args.eval_split, **shared)
 
+    def completions(documents: Any) -> bool:
+        return not {column, "input_ids"} & set(next(iter(documents)))
+
     def packed(documents: Any, what: str, max_rows: int | None = None) -> PackedDataset:
+        if completions(documents):
+            samples = tqdm(islice(documents, max_rows), desc=f"tokenising {what}", unit=" samples")
+            return CompletionDataset(samples, tokenizer, length)
         lists = token_lists(tqdm(documents, desc=f"tokenising {what}", unit=" documents"), tokenizer, column)
         return PackedDataset(lists, length, max_rows=max_rows)
 
     evaluation = None if held_out is None else packed(held_out, "evaluation data", args.max_eval_rows)
     if args.streaming:
+        if completions(train):
+            raise ValueError("streaming must be off for samples with completions, got True; leave --streaming out")
         return PackedStream(train, tokenizer, length, column=column, seed=seed, buffer=args.shuffle_buffer), evaluation
     return packed(train, "training data"), evaluation

@@ -15,7 +15,7 @@ from .methods import method_name
 from .sharding import is_main
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
+def wilson_interval(correct: float, samples: int) -> tuple[float, float]:
     """The 95 % Wilson interval of a share, in %."""
     quantile, right = 1.959964, correct / samples
     spread = quantile**2 / samples
@@ -25,7 +25,7 @@ def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
 
 
 def result_row(
-    task: str, model: PreTrainedModel, seed: int, length: int, hits: Sequence[bool], tokens: int
+    task: str, model: PreTrainedModel, seed: int, length: int, hits: Sequence[float], tokens: int
 ) -> dict[str, Any]:
     """One cell of an evaluation.
 
@@ -34,7 +34,7 @@ def result_row(
         model: whose config says the rest.
         seed: from which the samples are drawn.
         length: of the cell, in tokens.
-        hits: which samples are right.
+        hits: which samples are right, or the share of each that is.
         tokens: length of the longest sequence.
 
     Returns:
@@ -82,7 +82,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a ladder, `passkey` or `needle` as a Markdown table, with a note where one is needed."""
+    """The rows of a ladder or of `retrieve` as a Markdown table, with a note where one is needed."""
     titles = {"method": "method", "seed": "seed", "length": "length", "depth": "depth", "accuracy": "accuracy, %"}
     titles |= {"": "95 % interval", "token_accuracy": "answer tokens, %", "samples": "samples"}
     columns = [name for name in titles if name == "" or name in rows[0]]

@@ -1,6 +1,8 @@
-"""Prompts that hide one fact in a long text and ask for it, at most so many tokens long.
+"""Prompts that hide facts in a long text and ask for them, at most so many tokens long.
 
-Prompts are plain text that a base model can complete; no chat template is applied.
+Prompts are plain text that a base model can complete; no chat template is applied. The tasks and their scores are those
+of RULER (arXiv 2404.06654), shortened so that they fit into 256 tokens of a usual tokenizer; the wording is our own, so
+scores can't be compared with published ones.
 """
 
 from __future__ import annotations
@@ -9,22 +11,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-PASSKEY_DIGITS = 5
-NEEDLE_DIGITS = 7
+from .text_tasks import TASKS
+
 SENTENCE_WORDS = 40  # a longer one, as in text without full stops, is cut into pieces of this many words
 
-PASSKEY_FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
 _FILLER = (
     ("The baker", "A neighbour", "The old teacher", "Her brother", "The ferryman", "A visitor", "The gardener"),
     ("walked slowly", "waited a while", "told a story", "carried a basket", "looked for shelter", "had a meal"),
@@ -32,10 +26,6 @@ _FILLER = (
     ("before the rain came", "while the bells rang", "early in the morning", "after the harvest", "late at night"),
 )
 _FILLER_SENTENCES = 2000  # more than enough that repeats lie far apart; a longer haystack repeats them
-_NAMES = (
-    "amber", "birch", "cedar", "delta", "ember", "falcon", "garnet", "harbour", "indigo", "juniper", "lantern",
-    "maple", "nectar", "orchid", "pepper", "quartz", "raven", "saffron", "tulip", "willow",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,17 +33,19 @@ class Prompt:
     """A prompt and what must come after it.
 
     Attributes:
-        input_ids: the prompt's tokens, those that the tokenizer adds by itself included.
-        answer: the digits asked for.
-        room: tokens to generate: those of the answer, and some to spare.
+        text: the prompt.
+        input_ids: its tokens, those that the tokenizer adds by itself included.
+        answers: the strings asked for, in the order in which they are best given.
+        room: tokens to generate: those of the answers with commas between, and some to spare.
     """
 
+    text: str
     input_ids: list[int]
-    answer: str
+    answers: tuple[str, ...]
     room: int
 
 
-def filler_sentences(seed: int = 0) -> list[str]:
+def filler_sentences(seed: int | str = 0) -> list[str]:
     """Neutral English sentences without any number, to hide a needle in."""
     source = random.Random(seed)
     return [f"{' '.join(source.choice(part) for part in _FILLER)}." for _ in range(_FILLER_SENTENCES)]
@@ -84,118 +76,50 @@ def read_sentences(path: str) -> list[str]:
     return sentences
 
 
-def passkey_prompt(
-    tokenizer: PreTrainedTokenizerBase, length: int, *, identity: str, spare: int, depth: float | None = None
-) -> Prompt:
-    """A pass key of five digits in filler text.
-
-    Args:
-        tokenizer: the model's.
-        length: the most tokens that prompt and answer may have together, `spare` included.
-        identity: the seed; prompts of one identity and tokenizer are the same.
-        spare: tokens to generate beyond the answer's own.
-        depth: where it stands, in % of the text; drawn uniformly if None.
-
-    Raises:
-        ValueError: the length is too short for the question alone.
-
-    Reference: the pass key task of arXiv 2305.16300.
-    """
-    source = random.Random(identity)
-    key = _digits(source, PASSKEY_DIGITS)
-    return _hide(
-        tokenizer,
-        f"The pass key is {key}. Remember it. {key} is the pass key.",
-        PASSKEY_FILLER,
-        before="There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-        "I will quiz you about the important information there.",
-        after="What is the pass key? The pass key is",
-        answer=key,
-        depth=source.uniform(0, 100) if depth is None else depth,
-        length=length,
-        spare=spare,
-    )
-
-
-def needle_prompt(
+def build_prompt(
+    task: str,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    depth: float,
-    sentences: Sequence[str],
     *,
     identity: str,
     spare: int,
+    sentences: Sequence[str],
+    depth: float | None = None,
 ) -> Prompt:
-    """A magic number of seven digits between two sentences of a text.
-
-    The text is as long as fits; it begins at a random sentence, and where it ends begins again.
+    """The longest prompt of a task that fits.
 
     Args:
+        task: a key of :data:`hf_asentmax.text_tasks.TASKS`.
         tokenizer: the model's.
         length: the most tokens that prompt and answer may have together, `spare` included.
-        depth: where the needle stands, in % of the text: 0 before the first sentence, 100 after the last.
-        sentences: the haystack.
-        identity: the seed; prompts of one identity, tokenizer and haystack are the same.
+        identity: the seed; prompts of one task, identity, tokenizer and haystack are the same.
         spare: tokens to generate beyond the answer's own.
+        sentences: the haystack, from a random sentence on; where it ends it begins again. passkey and the tasks of
+            words have a text of their own.
+        depth: where what is asked for stands, in % of the text: 0 before the first sentence, 100 after the last; drawn
+            uniformly if None. Of needle, passkey and multikey; all other places are drawn.
 
     Raises:
         ValueError: the length is too short for the question alone.
-
-    Reference: wording and scoring after RULER, arXiv 2404.06654, single needle.
     """
-    source = random.Random(identity)
-    name, number = source.choice(_NAMES), _digits(source, NEEDLE_DIGITS)
-    start = source.randrange(len(sentences))
-    return _hide(
-        tokenizer,
-        f"One of the special magic numbers for {name} is: {number}.",
-        [*sentences[start:], *sentences[:start]],
-        before="A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards.",
-        after=f"What is the special magic number for {name} mentioned in the provided text? "
-        f"The special magic number for {name} mentioned in the provided text is",
-        answer=number,
-        depth=depth,
-        length=length,
-        spare=spare,
-    )
-
-
-def _digits(source: random.Random, count: int) -> str:
-    return str(source.randrange(10 ** (count - 1), 10**count))
-
-
-def _hide(
-    tokenizer: PreTrainedTokenizerBase,
-    needle: str,
-    sentences: Sequence[str],
-    *,
-    before: str,
-    after: str,
-    answer: str,
-    depth: float,
-    length: int,
-    spare: int,
-) -> Prompt:
-    room = len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) + spare
+    text, answers = TASKS[task](random.Random(identity), sentences, depth)
+    room = len(tokenizer(f" {', '.join(answers)}", add_special_tokens=False)["input_ids"]) + spare
 
     def tokens(count: int) -> list[int]:
-        """The prompt with so many sentences around the needle."""
-        text = [sentences[i % len(sentences)] for i in range(count)]
-        ends = list(accumulate((len(sentence) + 1 for sentence in text), initial=0))
-        place = min(range(count + 1), key=lambda i: abs(ends[i] - depth / 100 * ends[-1]))
-        hidden = " ".join([*text[:place], needle, *text[place:]])
-        return list(tokenizer(f"{before}\n{hidden}\n{after}", verbose=False)["input_ids"])
+        return list(tokenizer(text(count), verbose=False)["input_ids"])
 
-    fits, least = 0, tokens(0)
-    if len(least) + room > length:
+    fits, ids = 0, tokens(0)
+    if len(ids) + room > length:
         raise ValueError(
-            f"length must be at least {len(least) + room} tokens for the question alone, got {length}; raise it"
+            f"length must be at least {len(ids) + room} tokens for the question alone, got {length}; raise it"
         )
-    beyond = 1
-    while len(tokens(beyond)) + room <= length:
-        fits, beyond = beyond, 2 * beyond
+    beyond, rate = length, 16.0  # a sentence or word has one token at least; how many, the last two texts tell
     while beyond - fits > 1:
-        middle = (fits + beyond) // 2
-        fits, beyond = (middle, beyond) if len(tokens(middle)) + room <= length else (fits, middle)
-    return Prompt(tokens(fits), answer, room)
+        count = min(max(fits + int((length - room - len(ids)) / rate), fits + 1), beyond - 1)
+        new = tokens(count)
+        rate = max(1.0, (len(new) - len(ids)) / (count - fits))
+        if len(new) + room <= length:
+            fits, ids = count, new
+        else:
+            beyond = count
+    return Prompt(text(fits), ids, tuple(answers), room)

@@ -40,9 +40,7 @@ def token_lists(
     Raises:
         ValueError: the tokenizer has no end-of-sequence token.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("tokenizer must have an end-of-sequence token, got None; set `eos_token` and save it again")
+    end = _end_token(tokenizer)
     rows = iter(documents)
     while batch := list(islice(rows, TOKENIZER_BATCH)):
         if column not in batch[0]:
@@ -51,6 +49,13 @@ def token_lists(
         texts = [row[column] for row in batch if row[column]]
         for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
             yield ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("tokenizer must have an end-of-sequence token, got None; set `eos_token` and save it again")
+    return int(end)
 
 
 def packed_row(tokens: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
@@ -114,6 +119,48 @@ class PackedDataset(torch.utils.data.Dataset):
             raise IndexError(f"row must be in [0, {self._rows}), got {index}")
         cut = slice(index * self.length, (index + 1) * self.length)
         return packed_row(self._tokens[cut], self._starts[cut])
+
+
+class CompletionDataset(PackedDataset):
+    """A prompt and its completion in each row, with the loss on the completion and the end token after it.
+
+    What is left of a row is filled with end tokens, as a document of their own that nothing is asked of.
+
+    Args:
+        samples: rows with the texts "prompt" and "completion", as TRL names them.
+        tokenizer: a tokenizer with an end-of-sequence token.
+        length: tokens in a row.
+
+    Raises:
+        ValueError: a sample doesn't fit into a row, there is none, or the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, samples: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+        end = _end_token(tokenizer)
+        asked: list[np.ndarray] = []
+
+        def documents() -> Iterator[list[int]]:
+            for number, sample in enumerate(samples):
+                prompt = tokenizer(sample["prompt"], verbose=False)["input_ids"]
+                answer = [*tokenizer(sample["completion"], add_special_tokens=False, verbose=False)["input_ids"], end]
+                rest = length - len(prompt) - len(answer)
+                if rest < 0:
+                    raise ValueError(
+                        f"samples must fit into a row of {length} tokens, got {length - rest} in sample {number}; "
+                        "raise --sequence_length, or make shorter samples"
+                    )
+                asked.append(np.repeat([False, True, False], [len(prompt), len(answer), rest]))
+                yield [*prompt, *answer]
+                if rest:
+                    yield [end] * rest
+
+        super().__init__(documents(), length)
+        self._asked = np.concatenate(asked)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        asked = torch.from_numpy(self._asked[index * self.length : (index + 1) * self.length])
+        return row | {"labels": row["labels"].masked_fill(~asked, -100)}
 
 
 class PackedStream(torch.utils.data.IterableDataset):

@@ -7,7 +7,7 @@ of the same documents, so that a difference is the context's. Intervals are boot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from .benchmark.report import markdown_table
 from .checkpoints import write_json
-from .data import load_documents
+from .data import long_documents
+from .evaluation import evaluating, model_names, progress_bar
+from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
+from .methods import method_name
 from .options import DTYPES, option
-from .packing import token_lists
+from .plots import plot_perplexity
 from .sharding import gathered, is_main, join_processes, share
 
 LOGITS_AT_ONCE = 1 << 28  # float32 elements, 1 GiB: positions x vocabulary
+BATCH_TOKENS = 1 << 14  # documents of one length in a forward pass, one at least
 BOOTSTRAP_SAMPLES = 2000
 
 
@@ -56,16 +60,18 @@ def perplexity_by_length(
 ) -> list[dict[str, Any]]:
     """Perplexity of the final tokens of each document at several context lengths.
 
-    Only documents of at least ``max(lengths)`` tokens count; of each the last ``max(lengths)`` tokens are used.
+    Only documents of at least ``max(lengths)`` tokens count, at every length; of each the last ``max(lengths)`` tokens
+    are used. Processes share the documents.
 
     Args:
-        model: a causal language model; it is run in eval mode, one document at a time.
+        model: a causal language model; it is run in eval mode.
         documents: token ids.
         lengths: context lengths in tokens, the scored ones included.
         scored: tokens scored at the end of each document, the same at every length.
 
     Returns:
-        One row a length: length, perplexity, its 95 % interval (low, high), documents, tokens.
+        One row a length: length, perplexity, its 95 % interval (low, high), documents, tokens, and losses, the mean
+        negative log-likelihood of each document in nats, of which the perplexity is exp of the mean.
 
     Raises:
         ValueError: a length does not exceed ``scored``, or no document is long enough.
@@ -81,14 +87,10 @@ def perplexity_by_length(
         )
     rows = []
     for length in lengths:
-        means = [
-            float(token_losses(model, torch.tensor([list(ids[-length:])], device=model.device), scored).mean())
-            for ids in tqdm(share(used), desc=f"{length} tokens", unit=" documents", leave=False, disable=not is_main())
-        ]
-        means = gathered(means)
-        rows.append(
-            {"length": length} | _interval(np.asarray(means)) | {"documents": len(means), "tokens": len(means) * scored}
-        )
+        found = _losses(model, [ids[-length:] for ids in share(used)], scored, f"{length} tokens")
+        losses = gathered([float(own.mean()) for own in found])
+        about = {"documents": len(losses), "tokens": len(losses) * scored, "losses": losses}
+        rows.append({"length": length} | _interval(np.asarray(losses)) | about)
     return rows
 
 
@@ -116,67 +118,173 @@ def perplexity_by_position(
             f"at most {max(map(len, documents), default=0)} tokens; lower --lengths or --buckets"
         )
     edges = np.linspace(1, length, buckets + 1).round().astype(int)
-    means = []
-    for ids in tqdm(share(used), desc=f"positions to {length}", unit=" documents", leave=False, disable=not is_main()):
-        losses = (
-            token_losses(model, torch.tensor([list(ids[:length])], device=model.device), length - 1)[0].cpu().numpy()
-        )
-        means.append([float(losses[a - 1 : b - 1].mean()) for a, b in zip(edges[:-1], edges[1:], strict=True)])
-    table = np.asarray(gathered(means))
+    spans = list(zip((edges[:-1] - 1).tolist(), (edges[1:] - 1).tolist(), strict=True))
+    found = _losses(model, [ids[:length] for ids in share(used)], length - 1, f"positions to {length}")
+    table = np.asarray(gathered([[float(own[a:b].mean()) for a, b in spans] for own in found]))
     return [
-        {"first": int(a), "last": int(b - 1)} | _interval(table[:, i]) | {"documents": len(table)}
-        for i, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        {"first": a + 1, "last": b} | _interval(table[:, i]) | {"documents": len(table)}
+        for i, (a, b) in enumerate(spans)
     ]
 
 
+def _losses(model: PreTrainedModel, documents: Sequence[Sequence[int]], scored: int, what: str) -> Iterator[np.ndarray]:
+    """The losses (scored,) of each of some documents of one length."""
+    size = max(1, BATCH_TOKENS // max(map(len, documents), default=1))
+    with evaluating(model), progress_bar(what, len(documents)) as bar:
+        for start in range(0, len(documents), size):
+            batch = torch.tensor([list(ids) for ids in documents[start : start + size]], device=model.device)
+            set_context(model, batch.shape[1])
+            yield from token_losses(model, batch, scored).cpu().numpy()
+            bar.update(len(batch))
+
+
 def _interval(means: np.ndarray) -> dict[str, float]:
-    """exp of the mean over documents, with the 95 % interval of a bootstrap over them (fixed seed)."""
+    """exp of the mean over documents, with the 95 % interval of a bootstrap over them.
+
+    The seed is fixed: of the same number of documents the same are drawn, so that differences are paired.
+    """
     draws = np.random.default_rng(0).integers(0, len(means), size=(BOOTSTRAP_SAMPLES, len(means)))
     low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
     return {"perplexity": math.exp(means.mean()), "low": math.exp(low), "high": math.exp(high)}
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of several models with their perplexity as a multiple of the first model's, on the same documents.
+
+    Args:
+        rows: of :func:`perplexity_by_length`, with a column model; all models at the same lengths and documents.
+
+    Returns:
+        The rows with ratio, and its 95 % interval ratio_low and ratio_high: a bootstrap by document of the difference
+        of the two losses of each. For the first model's own rows it is 1.
+    """
+    first = {row["length"]: np.asarray(row["losses"]) for row in rows if row["model"] == rows[0]["model"]}
+    together = []
+    for row in rows:
+        ratio = _interval(np.asarray(row["losses"]) - first[row["length"]])
+        names = {"perplexity": "ratio", "low": "ratio_low", "high": "ratio_high"}
+        together.append({**row} | {names[name]: value for name, value in ratio.items()})
+    return together
+
+
+def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `compared`, or those by position of several models, as a Markdown table."""
+    models = {row["model"] for row in rows}
+    by_length, several, runs = "length" in rows[0], len(models) > 1, len(models) > len({row["method"] for row in rows})
+    header = [
+        "method",
+        *(["model"] if runs else []),
+        "length" if by_length else "positions",
+        "perplexity",
+        "95 % interval",
+    ]
+    header += ["of the first model's", "95 % interval"] if by_length and several else []
+    lines = []
+    for row in rows:
+        if by_length:
+            where = f"{row['length']:,}{' *' if row['beyond_context'] else ''}"
+        else:
+            where = f"{row['first']:,}-{row['last']:,}"
+        cells = [
+            row["method"],
+            *([row["model"]] if runs else []),
+            where,
+            f"{row['perplexity']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+        ]
+        if by_length and several:
+            cells += [f"{row['ratio']:.3f}", f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"]
+        lines.append([*cells, str(row["documents"])])
+    text = markdown_table([*header, "documents"], lines)
+    if any(row.get("beyond_context") for row in rows):
+        text += ["", "\\* longer than the context that the model's config states (max_position_embeddings); not cut."]
+    return "\n".join(text)
 
 
 @dataclass
 class PerplexityArguments:
     """What to evaluate, and on what."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a causal language model."})
-    data: str = field(metadata={"help": "Held-out documents: a file, glob, folder or Hub dataset id, as for training."})
+    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    data: str = field(
+        metadata={
+            "help": "Held-out documents, text or tokens (input_ids): a file, glob, folder or Hub dataset id, as for "
+            "training."
+        }
+    )
     data_split: str = option("train", "Split of --data; files are the split 'train'.")
-    text_column: str = option("text", "Column with the text.")
+    text_column: str = option(
+        "text",
+        "Column with the text, cut by the first model's tokenizer; where it is missing, tokens are taken from "
+        "'input_ids'.",
+    )
     lengths: list[int] = option([1024, 2048], "Context lengths in tokens, the scored ones included.")
     scored_tokens: int = option(512, "Final tokens of each document that are scored, the same at every length.")
     buckets: int = option(8, "Buckets of positions, at the longest length; 0: none.")
     max_documents: int | None = option(None, "Use the first so many long enough documents.")
+    method: list[str] | None = option(
+        None, "Names of the models in the results; by default the kind of their attention. Models of one name are runs."
+    )
+    rope: list[str] | None = option(None, ROPE_HELP)
     dtype: str = option("float32", "Dtype of the weights.", DTYPES)
-    output: str | None = option(None, "JSON file for the results.")
+    bf16: bool = option(False, "Compute in bfloat16 as training with --bf16 does (autocast).")
+    output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
 
 
 def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
-    """Evaluate, and write the results; the main process yields the table to print.
+    """Evaluate each model on the same tokens, and write the report; the main process yields the texts to print.
 
     Raises:
-        ValueError: the documents are too short, or an argument doesn't fit.
+        ValueError: the documents are too short or hold tokens that a model lacks, or an argument doesn't fit.
         OSError: a file is missing.
     """
-    documents = load_documents(args.data, split=args.data_split, column=args.text_column)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    enough = [ids for ids in token_lists(documents, tokenizer, args.text_column) if len(ids) >= max(args.lengths)]
-    enough = enough[: args.max_documents]
-
+    names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
+    for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
+        extend_rope(AutoConfig.from_pretrained(source), rope)
     device = join_processes()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
-    by_length = perplexity_by_length(model, enough, args.lengths, scored=args.scored_tokens)
-    by_position = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets) if args.buckets else []
+    read, enough = long_documents(
+        args.data,
+        args.model,
+        max(args.lengths),
+        split=args.data_split,
+        column=args.text_column,
+        most=args.max_documents,
+    )
+    by_length, by_position = [], []
+    for name, source, rope in zip(names, args.model, ropes, strict=True):
+        model = load_extended(source, rope, dtype=args.dtype, device=device)
+        _check_vocabulary(enough, source, model.get_input_embeddings().weight.shape[0])
+        own = model_label(method_name(model.config), name, source, rope)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            for row in perplexity_by_length(model, enough, args.lengths, scored=args.scored_tokens):
+                by_length.append(own | row | {"beyond_context": limit is not None and row["length"] > limit})
+            if args.buckets:
+                rows = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets)
+                by_position += [own | row for row in rows]
     if not is_main():
         return
-    line = "{:>13} {:>11} {:>9} {:>9} {:>10}".format
-    lines = [line("length", "perplexity", "95 % low", "high", "documents")]
-    for row in by_length + by_position:
-        where = row.get("length") or f"{row['first']}-{row['last']}"
-        lines.append(line(where, *(f"{row[name]:.2f}" for name in ("perplexity", "low", "high")), row["documents"]))
-    yield "\n".join(lines)
-    if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"settings": asdict(args), "by_length": by_length, "by_position": by_position})
+    by_length = compared(by_length)
+    about = (
+        f"The final {args.scored_tokens} tokens of {len(enough)} documents, the same at every length: of {read} read, "
+        f"those of at least {max(args.lengths):,} tokens."
+    )
+    text = "\n\n".join([about, perplexity_table(by_length), *([perplexity_table(by_position)] if by_position else [])])
+    yield text
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {"settings": asdict(args), "documents_read": read, "by_length": by_length, "by_position": by_position}
+        write_json(folder / "results.json", results)
+        (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+        picture = plot_perplexity(by_length, folder / "perplexity.png", title=about.split(",")[0])
+        yield f"written: {folder / 'results.json'}, {folder / 'results.md'}, {picture}"
+
+
+def _check_vocabulary(documents: Sequence[Sequence[int]], source: str, size: int) -> None:
+    largest = max(map(max, documents))
+    if largest >= size:
+        raise ValueError(
+            f"tokens of the documents must be below the {size} of {source}, got {largest}; give documents that were "
+            "cut by its tokenizer"
+        )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 FONT_SIZE = 12  # points
+PANELS = 4  # side by side, at most
 
 
 def plot_ladder(
@@ -33,7 +34,7 @@ def plot_ladder(
     their mean.
 
     Args:
-        rows: method, length, accuracy, low and high in %, as `synthetic_ladder` and `passkey` return them; where
+        rows: method, length, accuracy, low and high in %, as `synthetic_ladder` and `retrieve` return them; where
             rows have a seed or a model, runs differ in it.
         path: image file, PNG by its ending.
         train_length: where to mark the longest length that was trained on.
@@ -44,6 +45,56 @@ def plot_ladder(
     """
     figure = new_figure(7.0, 4.5)
     axes = figure.add_subplot()
+    _draw_runs(axes, rows, "accuracy")
+    if train_length is not None:
+        axes.axvline(train_length, color="gray", linestyle=":", label="training length")
+    what = "exact match (%)" if "token_accuracy" in rows[0] else "accuracy (%)"
+    axes.set(xlabel="length (tokens)", ylabel=what, ylim=(-2, 102), title=title or "")
+    _legend(figure, axes, "bars: 95 % intervals")
+    return write_figure(figure, path)
+
+
+def plot_perplexity(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Draw perplexity against context length, a line a method with 95 % intervals, and write it as an image.
+
+    Models of one method are drawn as its runs, as in `plot_ladder`. The axis is logarithmic and ends at four times the
+    lowest perplexity: what fails beyond its trained length leaves the picture instead of flattening the others.
+
+    Args:
+        rows: method, model, length, perplexity, low and high.
+        path: image file, PNG by its ending.
+        title: heading.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    figure = new_figure(7.0, 4.5)
+    axes = figure.add_subplot()
+    _draw_runs(axes, rows, "perplexity")
+    low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    axes.set_yscale("log")
+    axes.set_ylim(0.97 * low, min(1.03 * high, 4 * low))
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.set(xlabel="context (tokens)", ylabel="perplexity", title=title or "")
+    _legend(figure, axes, "bars: 95 % intervals by document")
+    return write_figure(figure, path)
+
+
+def _legend(figure: Figure, axes: Any, title: str) -> None:
+    """In the picture where it is short, else beside it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= 4:
+        axes.legend(title=title)
+    else:
+        figure.set_figwidth(figure.get_figwidth() + 1.2 + 0.09 * max(map(len, labels)))
+        figure.legend(handles, labels, loc="outside right upper", title=title)
+
+
+def _draw_runs(axes: Any, rows: Sequence[dict[str, Any]], value: str) -> None:
+    """A line a method against length, with the intervals low to high; its runs, where there are several, thin."""
     for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
@@ -51,13 +102,13 @@ def plot_ladder(
         for row in own:
             runs.setdefault((row.get("seed"), row.get("model")), []).append(row)
         for run in runs.values():
-            accuracy = [row["accuracy"] for row in run]
+            values = [row[value] for row in run]
             # Clipped, because rounding puts an end of the interval 1e-14 on the wrong side.
-            below = [max(0.0, row["accuracy"] - row["low"]) for row in run]
-            above = [max(0.0, row["high"] - row["accuracy"]) for row in run]
+            below = [max(0.0, row[value] - row["low"]) for row in run]
+            above = [max(0.0, row["high"] - row[value]) for row in run]
             axes.errorbar(
                 [row["length"] for row in run],
-                accuracy,
+                values,
                 yerr=[below, above],
                 color=colour,
                 capsize=3,
@@ -65,26 +116,23 @@ def plot_ladder(
                 alpha=1.0 if len(runs) == 1 else 0.5,
             )
         lengths = sorted({row["length"] for row in own})
-        means = [fmean(row["accuracy"] for row in own if row["length"] == length) for length in lengths]
+        means = [fmean(row[value] for row in own if row["length"] == length) for length in lengths]
         label = method if len(runs) == 1 else f"{method} (mean of {len(runs)} runs)"
-        axes.plot(lengths, means, color=colour, marker=marker, linewidth=2.2, label=label)
-    if train_length is not None:
-        axes.axvline(train_length, color="gray", linestyle=":", label="training length")
+        style = ("-", "--", ":")[number // len(COLOURS) % 3]
+        axes.plot(lengths, means, style, color=colour, marker=marker, linewidth=2.2, label=label)
     axes.set_xscale("log", base=2)
     shown = sorted({row["length"] for row in rows})
     axes.set_xticks(shown, [f"{length:,}" for length in shown], rotation=0 if len(shown) < 8 else 45)
     axes.minorticks_off()
-    axes.set(xlabel="length (tokens)", ylabel="exact match (%)", ylim=(-2, 102), title=title or "")
     axes.grid(alpha=0.3)
-    axes.legend(title="bars: 95 % intervals")
-    return write_figure(figure, path)
 
 
 def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Draw accuracy by depth (down) and length (across), one panel a method, and write it as an image.
 
     Args:
-        rows: method, length, depth in % of the haystack, and accuracy in %, as `needle` returns them.
+        rows: method, length, depth in % of the haystack, and accuracy in %, as `retrieve` returns them. Of a
+            method with several runs the mean is drawn.
         path: image file, PNG by its ending.
         title: heading.
 
@@ -93,10 +141,20 @@ def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
-    figure = new_figure(2.0 + len(methods) * max(3.0, 0.85 * len(lengths)), 2.0 + max(1.5, 0.45 * len(depths)))
-    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
-    for axes, method in zip(panels, methods, strict=True):
-        shares = {(row["depth"], row["length"]): row["accuracy"] for row in rows if row["method"] == method}
+    columns = min(len(methods), PANELS)
+    lines = -(-len(methods) // columns)
+    figure = new_figure(
+        2.0 + columns * max(3.0, 0.85 * len(lengths)), 0.8 + lines * (1.2 + max(1.5, 0.45 * len(depths)))
+    )
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in panels.flat[len(methods) :]:
+        axes.set_visible(False)
+    for axes, method in zip(panels.flat, methods, strict=False):
+        found: dict[tuple[float, int], list[float]] = {}
+        for row in rows:
+            if row["method"] == method:
+                found.setdefault((row["depth"], row["length"]), []).append(row["accuracy"])
+        shares, runs = {cell: fmean(each) for cell, each in found.items()}, max(map(len, found.values()))
         grid = [[shares.get((depth, length), float("nan")) for length in lengths] for depth in depths]
         image = axes.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for (depth, length), share in shares.items():
@@ -104,9 +162,12 @@ def plot_heatmap(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *
             axes.text(*place, f"{share:.0f}", ha="center", va="center", color=shade)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
-        axes.set(xlabel="length (tokens)", title=method)
-    panels[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=list(panels), label="found (%)")
+        title_of = method if runs == 1 else f"{method} (mean of {runs} runs)"
+        axes.set(xlabel="length (tokens)", title=title_of)
+        axes.tick_params(labelbottom=True)
+    for line in panels:
+        line[0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=list(panels.flat), label="found (%)")
     if title:
         figure.suptitle(title)
     return write_figure(figure, path)
@@ -172,7 +233,7 @@ def write_report(
     """Write results.json (the rows), results.md (the table) and a picture, heatmap.png by depth or ladder.png.
 
     Args:
-        rows: results of `synthetic_ladder`, `passkey` or `needle`.
+        rows: results of `synthetic_ladder` or `retrieve`.
         folder: where to; made if it is not there.
         title: heading of the picture.
         train_length: marked in a ladder.

@@ -1,20 +1,23 @@
 """Retrieval from text: how often a model finds what stands somewhere in a context, by length and by depth.
 
-`passkey` and `needle` take any causal language model with a tokenizer; generated tasks are in
+The tasks (:mod:`hf_asentmax.text_tasks`) take any causal language model with a tokenizer; generated tasks are in
 :mod:`hf_asentmax.ladder`. The samples are the same for every model (of one tokenizer) and number of processes. The rows
 are those of :func:`hf_asentmax.evaluation.result_row`. Lengths beyond the model's context are evaluated as well, uncut.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -22,127 +25,173 @@ from transformers import (
 )
 
 from .evaluation import check_positive, evaluating, model_names, progress_bar, result_row, results_table
-from .haystack import Prompt, filler_sentences, needle_prompt, passkey_prompt, read_sentences
+from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
+from .haystack import Prompt, build_prompt, filler_sentences, read_sentences
 from .options import DTYPES, option
 from .plots import write_report
 from .sharding import gathered, is_main, join_processes, share
+from .text_tasks import DEPTH_TASKS, TASKS
 
 SPARE_TOKENS = 8  # generated beyond the answer's own: a newline before it, digits too many after it
 # Beside do_sample what a checkpoint may say about sampling, which would be warned of.
 _GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
-def passkey(
+def retrieve(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    task: str,
     lengths: Sequence[int],
     *,
+    depths: Sequence[float] | None = None,
     samples: int = 100,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """How often greedy decoding gives back a pass key of five digits from a random place in filler text, as the first
-    number that it writes.
-
-    Args:
-        model: a causal language model that can `generate`.
-        tokenizer: its tokenizer.
-        lengths: tokens of prompt and answer together, at most; the filler fills them up by whole sentences.
-        samples: prompts a length.
-        seed: seed of keys and places.
-
-    Returns:
-        One row a length.
-
-    Raises:
-        ValueError: a length is too short for the question.
-    """
-    check_positive(lengths=lengths, samples=[samples])
-    rows = []
-    for length in lengths:
-        prompts = [
-            lambda i=i, n=length: passkey_prompt(tokenizer, n, identity=f"passkey {seed} {n} {i}", spare=SPARE_TOKENS)
-            for i in range(samples)
-        ]
-        hits = _hits(model, tokenizer, prompts, _first_number, f"{length} tokens")
-        rows.append(result_row("passkey", model, seed, length, hits, length))
-    return rows
-
-
-def needle(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    *,
-    samples: int = 20,
     haystack: str | None = None,
     seed: int = 0,
+    batch_size: int = 1,
 ) -> list[dict[str, Any]]:
-    """How often greedy decoding names a magic number of seven digits hidden in a text, by depth and length.
+    """How much of what a prompt asks for greedy decoding gives back, by length and, where asked, by depth.
 
-    Right is an answer that contains the number, as RULER scores.
+    The accuracy is the mean share of the answers that the text contains, as RULER scores; of passkey, how often the
+    first number that is written is the key. The interval is that of a share of right samples, which is the widest where
+    a sample has several answers.
 
     Args:
         model: a causal language model that can `generate`.
         tokenizer: its tokenizer.
-        lengths: tokens of prompt and answer together, at most; the text fills them up by whole sentences.
-        depths: places of the number, in % of the text.
+        task: a key of :data:`hf_asentmax.text_tasks.TASKS`.
+        lengths: tokens of prompt and answer together, at most; the text fills them up by whole sentences or words.
+        depths: places of what is asked for, in % of the text; needle and multikey only. None: anywhere.
         samples: prompts a cell.
-        haystack: a text file; neutral generated sentences if None.
-        seed: seed of the numbers, and of where in the text the haystack begins.
+        haystack: a text file; neutral generated sentences if None. passkey and the tasks of words have their own.
+        seed: seed of the prompts.
+        batch_size: prompts generated at once, padded on the left; with 1 none is padded.
 
     Returns:
-        One row a depth and length, with the column depth.
+        One row a length, or depth and length, with the column depth.
 
     Raises:
         FileNotFoundError: the haystack is missing.
-        ValueError: a length is too short for the question, a depth is not in [0, 100], or the haystack is empty.
+        ValueError: there is no such task, a length is too short for the question, a depth is not in [0, 100] or the
+            task has none, or the haystack is empty.
     """
-    check_positive(lengths=lengths, samples=[samples])
-    if not depths or not all(0 <= depth <= 100 for depth in depths):
+    check_task(task)
+    check_positive(lengths=lengths, samples=[samples], batch_size=[batch_size])
+    if depths is not None and task not in DEPTH_TASKS:
+        raise ValueError(f"depths must be None for {task}, got {list(depths)!r}; {', '.join(DEPTH_TASKS)} have them")
+    if depths is not None and (not depths or not all(0 <= depth <= 100 for depth in depths)):
         raise ValueError(f"depths must be percentages between 0 and 100, got {list(depths)!r}; try 0 25 50 75 100")
     sentences = filler_sentences(seed) if haystack is None else read_sentences(haystack)
     rows = []
     for length in lengths:
+        places = [None] if depths is None else depths
         prompts = [
-            lambda i=i, n=length, depth=depth: needle_prompt(
-                tokenizer, n, depth, sentences, identity=f"needle {seed} {n} {depth:g} {i}", spare=SPARE_TOKENS
+            lambda i=i, n=length, depth=depth: build_prompt(
+                task,
+                tokenizer,
+                n,
+                identity=f"{task} {seed} {n} {'' if depth is None else f'{depth:g} '}{i}",
+                spare=SPARE_TOKENS,
+                sentences=sentences,
+                depth=depth,
             )
-            for depth in depths
+            for depth in places
             for i in range(samples)
         ]
-        hits = _hits(model, tokenizer, prompts, str.__contains__, f"{length} tokens")
-        for number, depth in enumerate(depths):
+        right = _first_number if task == "passkey" else _share
+        hits = _scores(model, tokenizer, prompts, right, f"{task}, {length} tokens", batch_size)
+        for number, depth in enumerate(places):
             own = hits[number * samples : (number + 1) * samples]
-            # A task of its own in the tables of a model card, which would take depths for repeated runs.
-            rows.append(result_row(f"needle at depth {depth:g} %", model, seed, length, own, length) | {"depth": depth})
+            if depth is None:
+                rows.append(result_row(task, model, seed, length, own, length))
+            else:  # a task of its own in the tables of a model card, which would take depths for repeated runs
+                row = result_row(f"{task} at depth {depth:g} %", model, seed, length, own, length)
+                rows.append(row | {"depth": depth})
     return rows
 
 
-def _first_number(text: str, answer: str) -> bool:
-    return re.findall(r"\d+", text)[:1] == [answer]
+def check_task(task: str) -> None:
+    """Raise ValueError unless there is such a task."""
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}; correct the spelling")
 
 
-def _hits(
+def training_samples(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    length: int,
+    samples: int,
+    *,
+    haystack: str | None = None,
+    seed: int = 0,
+) -> Iterator[dict[str, str]]:
+    """Prompts with their answers to fine-tune on, the tasks in turn; what is asked for stands anywhere.
+
+    They have seeds of their own: numbers, names, places and generated sentences are drawn apart from those of
+    :func:`retrieve`, whatever both seeds are. A haystack is the same text: give another one than the evaluation's.
+
+    Args:
+        tokenizer: of the model to train.
+        tasks: keys of :data:`hf_asentmax.text_tasks.TASKS`.
+        length: tokens of prompt, answer and end together, at most.
+        samples: of all tasks together.
+        haystack: a text file; neutral generated sentences if None.
+        seed: seed of the prompts.
+
+    Yields:
+        prompt, completion (" A, B, C.") and task; the names that TRL gives to the first two.
+
+    Raises:
+        FileNotFoundError: the haystack is missing.
+        ValueError: there is no such task, or a length is too short for the question.
+    """
+    for task in tasks:
+        check_task(task)
+    check_positive(length=[length], samples=[samples], tasks=[len(tasks)])
+    sentences = filler_sentences(f"train {seed}") if haystack is None else read_sentences(haystack)
+    for i in range(samples):
+        task = tasks[i % len(tasks)]
+        prompt = build_prompt(
+            task, tokenizer, length, identity=f"train {task} {seed} {i}", spare=SPARE_TOKENS, sentences=sentences
+        )
+        yield {"prompt": prompt.text, "completion": f" {', '.join(prompt.answers)}.", "task": task}
+
+
+def _first_number(text: str, answers: Sequence[str]) -> float:
+    return float(re.findall(r"\d+", text)[:1] == [*answers])
+
+
+def _share(text: str, answers: Sequence[str]) -> float:
+    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
+
+
+def _scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Callable[[], Prompt]],
-    right: Callable[[str, str], bool],
+    score: Callable[[str, Sequence[str]], float],
     what: str,
-) -> list[bool]:
-    """Whether the model's continuation of each prompt is right; one prompt at a time, so that none is padded."""
-    hits = []
+    batch_size: int,
+) -> list[float]:
+    """The score of the model's continuation of each prompt."""
+    scores = []
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluating(model), progress_bar(what, len(own := share(prompts))) as bar:
-        for build in own:
-            prompt = build()
-            ids = torch.tensor([prompt.input_ids], device=model.device)
-            padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-            greedy = GenerationConfig(**_GREEDY, max_new_tokens=prompt.room, pad_token_id=padding)
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)  # type: ignore[operator]
-            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-            hits.append(right(str(text), prompt.answer))
-            bar.update()
-    return gathered(hits)
+        for start in range(0, len(own), batch_size):
+            batch = [build() for build in own[start : start + batch_size]]
+            longest, room = max(len(prompt.input_ids) for prompt in batch), max(prompt.room for prompt in batch)
+            empty = [longest - len(prompt.input_ids) for prompt in batch]
+            ids = torch.tensor([[padding] * n + prompt.input_ids for n, prompt in zip(empty, batch, strict=True)])
+            mask = torch.tensor([[0] * n + [1] * (longest - n) for n in empty])
+            set_context(model, longest + room)
+            greedy = GenerationConfig(**_GREEDY, max_new_tokens=room, pad_token_id=padding)
+            output = model.generate(  # type: ignore[operator]
+                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+            )
+            for prompt, written in zip(batch, output[:, longest:], strict=True):
+                text = tokenizer.decode(written[: prompt.room], skip_special_tokens=True)
+                scores.append(score(str(text), prompt.answers))
+                bar.update()
+    return gathered(scores)
 
 
 @dataclass
@@ -150,19 +199,25 @@ class RetrievalArguments:
     """What to evaluate, and on what."""
 
     model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
-    task: str = option("needle", "What to retrieve.", ("needle", "passkey"))
+    task: list[str] = option(["needle"], "What to retrieve.", tuple(TASKS))
     lengths: list[int] = option([512, 1024, 2048], "Tokens of prompt and answer together, at most.")
     depths: list[float] = option(
-        [0.0, 25.0, 50.0, 75.0, 100.0], "needle: where it is hidden, in %% of the text. passkey hides it anywhere."
+        [0.0, 25.0, 50.0, 75.0, 100.0],
+        f"{' and '.join(DEPTH_TASKS)}: where it is hidden, in %% of the text. In other tasks it stands anywhere.",
     )
     samples: int = option(20, "Samples in each cell; 20 leave +-20 points, 1000 leave +-3.")
-    haystack: str | None = option(None, "Text file to hide the number in; by default simple generated sentences.")
+    haystack: str | None = option(None, "Text file to hide facts in; by default simple generated sentences.")
     method: list[str] | None = option(
-        None, "Names of the models in the results; by default the kind of their attention."
+        None, "Names of the models in the results; by default the kind of their attention. Models of one name are runs."
     )
+    rope: list[str] | None = option(None, ROPE_HELP)
     seed: int = option(0, "Seed of the samples; the same for every model.")
+    batch_size: int = option(1, "Prompts generated at once, padded on the left; with 1 none is padded.")
     dtype: str = option("float32", "Dtype of the weights.", DTYPES)
-    output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
+    bf16: bool = option(False, "Compute in bfloat16 as training with --bf16 does (autocast).")
+    output_dir: str | None = option(
+        None, "Folder for results.json, results.md and the picture; of several tasks each has a folder in it."
+    )
 
 
 def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
@@ -172,20 +227,67 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
         ValueError: an argument doesn't fit.
         OSError: a file is missing.
     """
-    names = model_names(args.method, args.model)
+    names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
+    for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
+        extend_rope(AutoConfig.from_pretrained(source), rope)
     device = join_processes()
-    rows: list[dict[str, Any]] = []
-    for name, source in zip(names, args.model, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
+    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in args.task}
+    for name, source, rope in zip(names, args.model, ropes, strict=True):
+        model = load_extended(source, rope, dtype=args.dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        if args.task == "passkey":
-            found = passkey(model, tokenizer, args.lengths, samples=args.samples, seed=args.seed)
-        else:
-            hay: dict[str, Any] = {"samples": args.samples, "haystack": args.haystack, "seed": args.seed}
-            found = needle(model, tokenizer, args.lengths, args.depths, **hay)
-        rows += [row if name is None else row | {"method": name} for row in found]
+        for task, found in rows.items():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                own = retrieve(
+                    model,
+                    tokenizer,
+                    task,
+                    args.lengths,
+                    depths=args.depths if task in DEPTH_TASKS else None,
+                    samples=args.samples,
+                    haystack=args.haystack,
+                    seed=args.seed,
+                    batch_size=args.batch_size,
+                )
+            found += [row | model_label(row["method"], name, source, rope) for row in own]
     if not is_main():
         return
-    yield results_table(rows)
-    if args.output_dir:
-        yield f"written: {', '.join(map(str, write_report(rows, args.output_dir, title=args.task)))}"
+    for task, found in rows.items():
+        yield f"{task}\n\n{results_table(found)}" if len(rows) > 1 else results_table(found)
+        if args.output_dir:
+            folder = Path(args.output_dir) / (task if len(rows) > 1 else "")
+            yield f"written: {', '.join(map(str, write_report(found, folder, title=task)))}"
+
+
+@dataclass
+class SamplesArguments:
+    """Which samples to write, and where to."""
+
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer, or of the model to train."})
+    output: str = field(metadata={"help": "The file, ending in .jsonl: prompt, completion and task of each sample."})
+    task: list[str] = option(list(TASKS), "Tasks, in turn.", tuple(TASKS))
+    length: int = option(1024, "Tokens of prompt, answer and end together, at most; --sequence_length of the training.")
+    samples: int = option(10000, "Samples, of all tasks together.")
+    haystack: str | None = option(None, "Text file to hide facts in, not the evaluation's; by default sentences.")
+    seed: int = option(0, "Seed; evaluations draw from other seeds, whatever theirs is.")
+
+
+def run_samples(args: SamplesArguments) -> Iterator[str]:
+    """Write training samples of the retrieval tasks; yields what was written.
+
+    Raises:
+        ValueError: the file's ending is another, or an argument doesn't fit.
+        OSError: the tokenizer or the haystack is missing.
+    """
+    path = Path(args.output)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"output must end in .jsonl, got {args.output!r}; rename it")
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    samples = training_samples(tokenizer, args.task, args.length, args.samples, haystack=args.haystack, seed=args.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for sample in tqdm(samples, total=args.samples, unit=" samples", leave=False):
+            file.write(json.dumps(sample) + "\n")
+    unfinished.replace(path)
+    train = f"python scripts/finetune.py --data {path} --sequence_length {args.length} ..."
+    yield f"written: {path}, {args.samples} samples of {', '.join(args.task)}\nto train on them: {train}"

@@ -1,4 +1,4 @@
-"""Passkey and needle by length and depth: ``hf-asentmax evaluate retrieval`` from a source tree."""
+"""Facts hidden in text, by length and depth: ``hf-asentmax evaluate retrieval`` from a source tree."""
 
 from hf_asentmax.cli import script
 

@@ -379,6 +379,23 @@ def test_script_reads_texts_and_native_softmax_models(
     assert "| softmax | 100 " in capsys.readouterr().out
 
 
+def test_script_measures_documents_at_their_ends(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same final tokens at every length, of the documents that hold the longest."""
+    documents = [random_tokens(length, seed=length).tolist() for length in (150, 20, 130, 140)]
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in documents))
+    words = ["--data", tmp_path / "tokens.jsonl", "--lengths", 30, 120, "--samples", 2, "--figures", "heads"]
+    analyze(monkeypatch, "--model", models / "asentmax", *words, "--output_dir", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["heads"]
+    model = load_model(str(models / "asentmax"), device="cpu")
+    for length in (30, 120):
+        parts = [attention_statistics(model, torch.tensor([documents[i][-length:]])) for i in (0, 2)]
+        layers = [join_statistics(pair) for pair in zip(*parts, strict=True)]
+        final = (torch.arange(length) >= length - 64).expand(2, -1)
+        own = [row for row in rows if row["length"] == length]
+        for row, expected in zip(own, head_rows(layers, final), strict=True):
+            assert {name: row[name] for name in expected} == expected
+
+
 def test_script_draws_formulas_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     analyze(monkeypatch, "--figures", "alpha", "--output_dir", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"alpha.png", "results.json"}
@@ -396,7 +413,15 @@ def test_script_draws_formulas_without_a_model(tmp_path: Path, monkeypatch: pyte
         ({"model": ["asentmax"], "lengths": []}, r"lengths must be at least 16, got \[\]"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"model": ["asentmax"], "heads": ["2:0"]}, r"heads must be layer:head up to 1:3, got \['2:0'\]"),
-        ({"model": ["native"]}, "text must be given for .*native, which has no task.json, got None; give --text FILE"),
+        (
+            {"model": ["native"]},
+            "text must be given for .*native, which has no task.json, got None; give --text or --data",
+        ),
+        ({"model": ["native"], "text": "a", "data": "b"}, "text must be None where --data is given, got 'a'"),
+        (
+            {"model": ["native"], "data": "docs.jsonl", "lengths": [20]},
+            "samples must be at most the 1 documents of 2 that hold 20 tokens, got 4",
+        ),
         ({"model": ["native"], "text": "short.txt"}, "text must hold samples x length = 256 tokens, got 6 in"),
     ],
 )
@@ -405,6 +430,7 @@ def test_bad_arguments_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("A text", encoding="utf-8")
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": "long " * 5}) + "\n" + json.dumps({"text": "short"}))
     options["model"] = [str(models / name) for name in options.get("model", [])]
     options = {"figures": ["sparsity", "map"] if options["model"] else ["alpha"], "map_length": 4} | options
     with pytest.raises(ValueError, match=message):

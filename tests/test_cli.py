@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from retrieval_setup import VOCABULARY, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -23,6 +24,7 @@ from hf_asentmax import METHODS, patch_model
 from hf_asentmax.cli import COMMANDS, main
 from hf_asentmax.conversion import convert_checkpoint
 from hf_asentmax.perplexity import perplexity_by_length
+from hf_asentmax.retrieval import training_samples
 from hf_asentmax.tasks import build_task, save_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +107,7 @@ def test_help_teaches(command: Any, capsys: pytest.CaptureFixture[str], name: st
 
 
 def test_help_lists_every_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in (([], ["convert", "inspect", "evaluate", "plot"]), (["evaluate"], NAMES[2:5])):
+    for words, expected in (([], ["convert", "inspect", "evaluate", "write", "plot"]), (["evaluate"], NAMES[2:5])):
         with pytest.raises(SystemExit):
             command(*words, "--help")
         listed = re.findall(r"^    (\w+)\b", capsys.readouterr().out, flags=re.MULTILINE)
@@ -159,12 +161,13 @@ def test_evaluate_perplexity_gives_the_functions_numbers(command: Any, tmp_path:
     write_model(tmp_path / "letters")
     write_texts(tmp_path / "texts.jsonl", tiny_texts(20))
     words = ["--model", tmp_path / "letters", "--data", tmp_path / "texts.jsonl", "--lengths", 12, "--buckets", 0]
-    printed = command("evaluate", "perplexity", *words, "--scored_tokens", 8, "--output", tmp_path / "out.json")
+    printed = command("evaluate", "perplexity", *words, "--scored_tokens", 8, "--output_dir", tmp_path / "out")
     letters = AutoModelForCausalLM.from_pretrained(tmp_path / "letters")
     documents = [[4 + ord(letter) - ord("a") for letter in text] + [1] for text in tiny_texts(20) if len(text) >= 11]
     (expected,) = perplexity_by_length(letters, documents, [12], scored=8)
-    (row,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["by_length"]
-    assert row == pytest.approx(expected)
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["by_length"]
+    assert row["losses"] == pytest.approx(expected.pop("losses"))
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert f"{expected['perplexity']:.2f}" in printed
 
 
@@ -176,6 +179,45 @@ def test_evaluate_synthetic_writes_what_it_prints(command: Any, checkpoint: Path
     for measure in ("synthetic", "retrieval"):
         with pytest.raises(SystemExit, match="error: method must name each of the 1 models, got .*name them all"):
             command("evaluate", measure, "--model", checkpoint, "--method", "a", "b")
+
+
+def test_written_samples_are_trained_on_and_evaluated(command: Any, tmp_path: Path) -> None:
+    """From prompts to a model that has seen them, as the command's help says."""
+    tiny_model("llama", vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    samples = tmp_path / "new" / "train.jsonl"
+    words = ["--tokenizer", tmp_path / "model", "--task", "needle", "frequent_words", "--length", 400]
+    printed = command("write", "retrieval", *words, "--samples", 4, "--seed", 2, "--output", samples)
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    assert rows == list(training_samples(byte_tokenizer(), ["needle", "frequent_words"], 400, 4, seed=2))
+    assert f"python scripts/finetune.py --data {samples} --sequence_length 400" in printed
+    train = f"--data {samples} --sequence_length 400 --model {tmp_path / 'model'} --output_dir {tmp_path / 'tuned'}"
+    options = "--max_steps 1 --per_device_train_batch_size 2 --use_cpu --report_to none --save_strategy no"
+    script = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *train.split(), *options.split()]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| asentmax |" in command(
+        "evaluate", "retrieval", "--model", tmp_path / "tuned", "--lengths", 400, "--samples", 1
+    )
+    with pytest.raises(SystemExit, match=r"error: output must end in .jsonl, got 'a.csv'; rename it"):
+        command("write", "retrieval", *words, "--output", "a.csv")
+
+
+def test_write_cloze_says_how_to_run_it(command: Any, tmp_path: Path) -> None:
+    text = (
+        "Far away a lantern burned. "
+        + "So they walked through the rain on and on. " * 5
+        + "Then somebody saw the lantern."
+    )
+    write_texts(tmp_path / "texts.jsonl", [text, "short"], column="book")
+    words = ["--data", tmp_path / "texts.jsonl", "--output_dir", tmp_path / "prose"]
+    printed = command("write", "cloze", *words, "--text_column", "book")
+    assert "1 passages" in printed
+    assert f"--include_path {tmp_path / 'prose'} --tasks prose" in printed
+    assert sorted(path.name for path in (tmp_path / "prose").iterdir()) == ["prose.jsonl", "prose.yaml"]
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"input_ids": [4, 5]}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="error: text_column of .* a passage is cut from text, not from tokens"):
+        command("write", "cloze", *words)
 
 
 def test_plot_draws_the_figure_that_is_named(command: Any, tmp_path: Path) -> None:

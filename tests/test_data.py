@@ -18,7 +18,7 @@ from transformers import default_data_collator
 
 from hf_asentmax import patch_model
 from hf_asentmax.data import DataArguments, load_documents, load_packed
-from hf_asentmax.packing import PackedDataset, PackedStream, token_lists
+from hf_asentmax.packing import CompletionDataset, PackedDataset, PackedStream, token_lists
 
 TEXTS = tiny_texts(12)
 
@@ -236,3 +236,55 @@ def test_load_packed_follows_its_arguments(tmp_path: Path) -> None:
     assert len(held_out) == 2
     pairs = takewhile(lambda pair: pair[0] < len(train), enumerate(streamed))
     assert all(torch.equal(row["labels"], train[i]["labels"]) for i, row in pairs)
+
+
+SAMPLES = [
+    {"prompt": "ab", "completion": "cde"},
+    {"prompt": "a", "completion": "f"},
+    {"prompt": "ab c", "completion": "de"},
+]
+
+
+def test_completions_get_a_row_each_and_the_loss() -> None:
+    rows = CompletionDataset(SAMPLES, tiny_tokenizer(), 7)
+    end, letter = 1, {name: 4 + i for i, name in enumerate("abcdef")}
+    assert len(rows) == 3
+    for row, sample in zip(rows, SAMPLES, strict=True):
+        prompt, completion = (tiny_tokenizer()(sample[name])["input_ids"] for name in ("prompt", "completion"))
+        own = [*prompt, *completion, end]
+        rest = 7 - len(own)
+        assert row["input_ids"].tolist() == own + [end] * rest
+        assert row["labels"].tolist() == [-100] * len(prompt) + [*completion, end] + [-100] * rest
+        assert row["position_ids"].tolist() == [*range(len(own)), *range(rest)]
+    assert rows[1]["labels"].tolist() == [-100, letter["f"], end, -100, -100, -100, -100]
+    assert {row["input_ids"].dtype for row in rows} == {torch.int64}
+
+
+def test_completion_loss_is_that_of_the_sample_alone() -> None:
+    model = patch_model(tiny_model("llama"))
+    batch = default_data_collator([*CompletionDataset(SAMPLES, tiny_tokenizer(), 12)])
+    with torch.no_grad():
+        together = model(**batch).loss
+        losses = []
+        for sample in SAMPLES:
+            prompt, completion = (tiny_tokenizer()(sample[name])["input_ids"] for name in ("prompt", "completion"))
+            ids = torch.tensor([[*prompt, *completion, 1]])
+            scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+            losses.append(-scores[len(prompt) - 1 :])
+    torch.testing.assert_close(together, torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_completions_are_loaded_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    datasets.Dataset.from_list(SAMPLES).to_json(path)
+    args = DataArguments(str(path), sequence_length=8, eval_data=str(path), max_eval_rows=2)
+    train, evaluation = load_packed(args, tiny_tokenizer(), seed=0)
+    assert isinstance(train, CompletionDataset)
+    assert isinstance(evaluation, CompletionDataset)
+    assert (len(train), len(evaluation)) == (3, 2)
+    with pytest.raises(ValueError, match="samples must fit into a row of 6 tokens, got 7 in sample 2; raise"):
+        load_packed(DataArguments(str(path), sequence_length=6), tiny_tokenizer(), seed=0)
+    with pytest.raises(ValueError, match="streaming must be off for samples with completions"):
+        load_packed(DataArguments(str(path), streaming=True), tiny_tokenizer(), seed=0)
+    with pytest.raises(ValueError, match="text column of .* must be one of"):
+        load_documents(str(path))  # which perplexity is evaluated on

@@ -6,7 +6,7 @@ import pytest
 from retrieval_setup import Reader
 
 from hf_asentmax.evaluation import results_table, wilson_interval
-from hf_asentmax.retrieval import needle, passkey
+from hf_asentmax.retrieval import retrieve
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,10 @@ def test_wilson_interval_equals_published_values(correct: int, samples: int, low
 
 def test_results_table_notes_lengths_beyond_the_context() -> None:
     reader = Reader(limit=550)
-    table = results_table(needle(reader, reader.tokenizer, [500, 1600], [25], samples=2))
+    table = results_table(retrieve(reader, reader.tokenizer, "needle", [500, 1600], depths=[25], samples=2))
     assert "| softmax |    0 |     500 |  25 % |       100.0 | 34.2 to 100.0 |       2 |" in table
     assert "| 1,600 * |" in table
     assert table.endswith("config states (max_position_embeddings); not cut.")
-    assert "max_position_embeddings" not in results_table(passkey(reader, reader.tokenizer, [400], samples=2))
+    assert "max_position_embeddings" not in results_table(
+        retrieve(reader, reader.tokenizer, "passkey", [400], samples=2)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from training_setup import tiny_texts, tiny_tokenizer, write_texts
 from transformers import PreTrainedTokenizerFast
+
+from hf_asentmax.cloze import write_cloze
 
 QUESTIONS = tiny_texts(6)
 ANSWERS = ["a", "bcd", "efghijklm"]
@@ -106,6 +109,41 @@ def test_lm_eval_needs_no_import_of_the_package(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found).double(), expected, **CLOSE)
 
 
+def test_lm_eval_runs_a_written_cloze_set(tmp_path: Path) -> None:
+    """Accuracy and perplexity of the last words are those of the model, by the folder's name as the command says."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    model, tokenizer = save(tmp_path / "model"), tiny_tokenizer()
+    source = random.Random(0)
+    texts = []
+    for _ in range(3):
+        words = ["".join(source.choices("abcdefgh", k=source.randint(4, 6))) for _ in range(60)]
+        texts.append(f"{' '.join(words)}. One more is the {words[7]}.")
+    assert write_cloze(texts, tmp_path / "words") == 3
+    result: Any = simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={tmp_path / 'model'},dtype=float32",
+        tasks=["words"],
+        batch_size=2,
+        device="cpu",
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False, include_path=str(tmp_path / "words")),
+    )
+    losses, right = [], []
+    for line in (tmp_path / "words" / "words.jsonl").read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        start = len(tokenizer(item["context"])["input_ids"])
+        ids = torch.tensor(tokenizer(f"{item['context']} {item['word']}")["input_ids"])
+        with torch.no_grad():
+            scores = model(ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
+        losses.append(-scores.gather(-1, ids[start:, None]).sum())
+        right.append(bool((scores.argmax(-1) == ids[start:]).all()))
+    found = result["results"]["words"]
+    assert found["perplexity,none"] == pytest.approx(torch.stack(losses).mean().exp().item(), rel=1e-4)
+    assert found["acc,none"] == pytest.approx(sum(right) / 3)
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word: RULER builds its texts to a number of tokens, and of letters a sentence would have too many."""
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1, "magic": 2, "number": 3, "grass": 4}, unk_token="<unk>"))
@@ -113,9 +151,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<pad>")
 
 
-@pytest.mark.parametrize(
-    "name", ["vt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("niah_single_1", "cwe", "fwe"))]
-)
+SLOW = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "cwe", "fwe")
+
+
+@pytest.mark.parametrize("name", ["vt", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_lm_eval_answers_ruler_in_batches_as_one_by_one(name: str, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager

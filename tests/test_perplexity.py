@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_asentmax import patch_model
 from hf_asentmax import perplexity as module
-from hf_asentmax.perplexity import perplexity_by_length, perplexity_by_position, token_losses
+from hf_asentmax.perplexity import compared, perplexity_by_length, perplexity_by_position, token_losses
 
 DOCUMENTS = [random_tokens(40 + 3 * seed, seed=seed).tolist() for seed in range(4)]
 
@@ -53,13 +53,34 @@ def test_perplexity_by_length_equals_a_direct_computation() -> None:
         assert row["perplexity"] == pytest.approx(math.exp(torch.stack(means).mean()), rel=1e-5)
         assert row["low"] <= row["perplexity"] <= row["high"]
         assert (row["documents"], row["tokens"]) == (4, 32)
+        assert row["losses"] == pytest.approx([mean.item() for mean in means], rel=1e-5)
+
+
+def test_perplexity_does_not_depend_on_how_documents_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = perplexity_by_length(model(), DOCUMENTS, [40], scored=8)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 3 * 40)  # three documents, then one
+    for row, own in zip(perplexity_by_length(model(), DOCUMENTS, [40], scored=8), together, strict=True):
+        assert row["losses"] == pytest.approx(own["losses"], rel=1e-5)
+
+
+def test_compared_models_differ_by_document() -> None:
+    """What all documents share is sure, however far the documents lie apart; the first model is its own measure."""
+    losses = [1.0, 2.0, 4.0, 8.0]
+    rows = [{"model": "a", "length": n, "losses": losses} for n in (8, 16)]
+    rows += [{"model": "b", "length": n, "losses": [loss + math.log(n / 4) for loss in losses]} for n in (8, 16)]
+    for row, ratio in zip(compared(rows), [1, 1, 2, 4], strict=True):
+        assert [row[name] for name in ("ratio", "ratio_low", "ratio_high")] == pytest.approx([ratio] * 3)
+    uneven = [{"model": "a", "length": 8, "losses": losses}, {"model": "b", "length": 8, "losses": losses[::-1]}]
+    row = compared(uneven)[1]
+    assert row["ratio"] == pytest.approx(1)
+    assert row["ratio_low"] < 0.5 < 2 < row["ratio_high"]
 
 
 def test_perplexity_by_length_scores_the_same_tokens_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, list[list[int]]] = {}
 
     def record(network: Any, input_ids: torch.Tensor, scored: int) -> torch.Tensor:
-        seen.setdefault(input_ids.shape[1], []).append(input_ids[0, -scored:].tolist())
+        seen.setdefault(input_ids.shape[1], []).extend(input_ids[:, -scored:].tolist())
         return token_losses(network, input_ids, scored)
 
     monkeypatch.setattr(module, "token_losses", record)

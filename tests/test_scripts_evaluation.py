@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import random_tokens, tiny_model
 from retrieval_setup import VOCABULARY, byte_tokenizer, constant_model
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from hf_asentmax import ladder, patch_model
 from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.perplexity import perplexity_by_length
-from hf_asentmax.retrieval import passkey
+from hf_asentmax.retrieval import retrieve
 from hf_asentmax.tasks import build_task, save_task
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -57,18 +57,70 @@ def read(path: Path) -> Any:
 def test_evaluate_perplexity_writes_what_it_prints(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "new" / "perplexity.json"
     data = ["--data", inputs / "texts.jsonl", "--lengths", 12, 24, "--scored_tokens", 8, "--buckets", 3]
-    run(monkeypatch, "evaluate_perplexity", "--model", inputs / "letters", *data, "--output", output)
-    results, printed = read(output), capsys.readouterr().out
+    run(monkeypatch, "evaluate_perplexity", "--model", inputs / "letters", *data, "--output_dir", tmp_path / "new")
+    results, printed = read(tmp_path / "new" / "results.json"), capsys.readouterr().out
     assert [row["length"] for row in results["by_length"]] == [12, 24]
     assert [(row["first"], row["last"]) for row in results["by_position"]] == [(1, 8), (9, 15), (16, 23)]
     assert results["settings"]["scored_tokens"] == 8
-    documents = {row["documents"] for row in results["by_length"] + results["by_position"]}
-    assert documents == {sum(len(text) + 1 >= 24 for text in tiny_texts(20))}  # each is closed by one more token
+    enough = sum(len(text) + 1 >= 24 for text in tiny_texts(20))  # each is closed by one more token
+    assert {row["documents"] for row in results["by_length"] + results["by_position"]} == {enough}
+    assert f"{enough} documents, the same at every length: of 20 read, those of at least 24 tokens" in printed
+    assert (tmp_path / "new" / "results.md").read_text(encoding="utf-8").strip() in printed
+    assert "of the first model's" not in printed
     for row in results["by_length"]:
-        assert f"{row['length']} " in printed
         assert f"{row['perplexity']:.2f}" in printed
+    assert (tmp_path / "new" / "perplexity.png").read_bytes().startswith(PNG)
+
+
+def test_evaluate_perplexity_compares_models_on_the_same_tokens(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = [random_tokens(600 + i, seed=i).tolist() for i in range(3)]
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in tokens))
+    models = ["--model", inputs / "softmax", inputs / "softmax", inputs / "constant"]  # the last has no tokenizer
+    data = ["--data", tmp_path / "tokens.jsonl", "--lengths", 40, 520, "--scored_tokens", 8, "--max_documents", 2]
+    options = ["--rope", "none", "yarn:2", "none", "--bf16", "--buckets", 2, "--output_dir", tmp_path]
+    run(monkeypatch, "evaluate_perplexity", *models, *data, *options)
+    rows, printed = read(tmp_path / "results.json")["by_length"], capsys.readouterr().out
+    assert [(row["method"], row["length"]) for row in rows] == [
+        (method, length) for method in ("softmax", "softmax, yarn:2", "softmax") for length in (40, 520)
+    ]
+    assert [row["beyond_context"] for row in rows] == [False, True] * 3
+    assert "2 documents, the same at every length: of 2 read" in printed
+    model = AutoModelForCausalLM.from_pretrained(inputs / "softmax")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = perplexity_by_length(model, tokens[:2], [40, 520], scored=8)
+    assert [row["losses"] for row in rows[:2]] == [row["losses"] for row in expected]
+    assert rows[2]["losses"] != rows[0]["losses"]
+    assert [row["ratio"] for row in rows[:2]] == [1, 1]
+    assert rows[5]["ratio"] == pytest.approx(rows[5]["perplexity"] / rows[1]["perplexity"])
+    assert f"{rows[5]['ratio_low']:.3f} to {rows[5]['ratio_high']:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        (["softmax", "letters"], [], "models must share one tokenizer to be compared by token"),
+        (["softmax", "asentmax"], ["--rope", "yarn:1", "none", "none"], "rope must be given once or for each of the 2"),
+        (["softmax"], ["--rope", "ntk"], "rope must be none, yarn:FACTOR or dynamic:FACTOR"),
+        (["softmax", "asentmax"], ["--method", "one"], "method must name each of the 2 models"),
+        (["softmax"], ["--data", "tokens"], "tokens of the documents must be below the 258 of .*, got 300"),
+        (
+            ["softmax"],
+            ["--data", "tokens", "--lengths", 50],
+            "documents must hold one of at least 50 tokens, the longest of 1 has 40",
+        ),
+    ],
+)
+def test_evaluate_perplexity_refuses_what_cannot_be_compared(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: list[str], options: list[Any], message: str
+) -> None:
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"input_ids": [300] * 40}))
+    words = ["--data", inputs / "texts.jsonl", "--lengths", 12, "--scored_tokens", 8, *options]
+    words = [tmp_path / "tokens.jsonl" if word == "tokens" else word for word in words]
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run(monkeypatch, "evaluate_perplexity", "--model", *(inputs / name for name in models), *words)
 
 
 def test_evaluate_perplexity_names_the_remedy_where_documents_are_short(
@@ -93,6 +145,22 @@ def test_evaluate_retrieval_compares_models_by_depth_and_length(
     assert table.strip() in capsys.readouterr().out
     assert "520 *" in table
     assert (tmp_path / "out" / "heatmap.png").read_bytes().startswith(PNG)
+
+
+def test_evaluate_retrieval_gives_each_task_a_folder(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", inputs / "softmax", inputs / "softmax", "--method", "bare", "YaRN", "--rope", "none", "yarn:2"]
+    words += ["--task", "multikey", "frequent_words", "--lengths", 700, "--depths", 50, "--samples", 2]
+    run(monkeypatch, "evaluate_retrieval", *words, "--batch_size", 2, "--bf16", "--output_dir", tmp_path)
+    printed = capsys.readouterr().out
+    for task, picture in (("multikey", "heatmap.png"), ("frequent_words", "ladder.png")):
+        rows = read(tmp_path / task / "results.json")
+        assert [(row["method"], row["model"]) for row in rows] == [
+            ("bare", f"{inputs / 'softmax'}"), ("YaRN", f"{inputs / 'softmax'}, yarn:2")
+        ]  # fmt: skip
+        assert (tmp_path / task / picture).read_bytes().startswith(PNG)
+        assert f"{task}\n\n{(tmp_path / task / 'results.md').read_text(encoding='utf-8').strip()}" in printed
 
 
 def test_evaluate_synthetic_compares_models_on_the_task_they_name(
@@ -155,7 +223,7 @@ def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, 
         encoding="utf-8",
     )
     texts = [SCRIPTS / "evaluate_perplexity.py", "--model", inputs / "letters", "--data", inputs / "texts.jsonl"]
-    texts += ["--lengths", 12, "--scored_tokens", 8, "--buckets", 0, "--output", tmp_path / "perplexity.json"]
+    texts += ["--lengths", 12, "--scored_tokens", 8, "--buckets", 0, "--output_dir", tmp_path / "perplexity"]
     keys = [SCRIPTS / "evaluate_retrieval.py", "--model", inputs / "asentmax", "--task", "passkey"]
     keys += ["--lengths", 400, "--samples", 3, "--output_dir", tmp_path / "passkey"]
     task = [SCRIPTS / "evaluate_synthetic.py", "--model", inputs / "constant", "--lengths", 8, 3000, "--samples", 5]
@@ -171,18 +239,21 @@ def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, 
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("95 % interval") == 2  # one process prints
+    assert done.stdout.count("95 % interval") == 3  # one process prints
 
     model = AutoModelForCausalLM.from_pretrained(inputs / "asentmax")
-    assert read(tmp_path / "passkey" / "results.json") == passkey(model, byte_tokenizer(), [400], samples=3)
+    passkey = retrieve(model, byte_tokenizer(), "passkey", [400], samples=3)
+    own = {"model": str(inputs / "asentmax")}
+    assert read(tmp_path / "passkey" / "results.json") == [row | own for row in passkey]
     constant = inputs / "constant"
     ladder = synthetic_ladder(AutoModelForCausalLM.from_pretrained(constant), TASK, [8, 3000], samples=5, seed=2)
     assert all(0 < row["accuracy"] < 100 for row in ladder)
     assert read(tmp_path / "task" / "results.json") == [row | {"model": str(constant)} for row in ladder]
     letters = AutoModelForCausalLM.from_pretrained(inputs / "letters")
     documents = [[4 + ord(letter) - ord("a") for letter in text] + [1] for text in tiny_texts(20) if len(text) >= 11]
-    (found,) = read(tmp_path / "perplexity.json")["by_length"]
-    assert found == pytest.approx(perplexity_by_length(letters, documents, [12], scored=8)[0])
+    (found,) = read(tmp_path / "perplexity" / "results.json")["by_length"]
+    (expected,) = perplexity_by_length(letters, documents, [12], scored=8)
+    assert found["losses"] == pytest.approx(expected["losses"])
 
 
 @pytest.mark.parametrize("script", ["evaluate_perplexity", "evaluate_retrieval", "evaluate_synthetic"])

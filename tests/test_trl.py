@@ -18,6 +18,7 @@ from training_setup import TINY_RUN, tiny_texts, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_asentmax import patch_model
+from hf_asentmax.packing import CompletionDataset
 
 CLOSE = TOLERANCE[torch.float32]
 OPTIONS: dict[str, Any] = TINY_RUN | {
@@ -68,6 +69,21 @@ def test_trl_packed_documents_are_computed_as_if_alone(family: str, strategy: st
         for start, end in zip(bounds, bounds[1:], strict=False):
             alone = model(batch["input_ids"][:, start:end]).logits
             torch.testing.assert_close(packed[:, start:end], alone, **CLOSE)
+
+
+def test_trl_takes_written_samples_with_the_loss_on_the_completion(tmp_path: Path) -> None:
+    """The labels are those of :class:`hf_asentmax.packing.CompletionDataset`."""
+    samples = [
+        {"prompt": "abc de", "completion": " fgh", "task": "a"},
+        {"prompt": "bc", "completion": " d", "task": "b"},
+    ]
+    arguments = trl.SFTConfig(str(tmp_path), **OPTIONS)
+    data = Dataset.from_list(samples)
+    trainer = trl.SFTTrainer(entmax_model(), arguments, train_dataset=data, processing_class=tiny_tokenizer())
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = {tuple(ids[ids != -100].tolist()) for ids in batch["labels"]}
+    rows = CompletionDataset(samples, tiny_tokenizer(), 16)
+    assert theirs == {tuple(row["labels"][row["labels"] != -100].tolist()) for row in rows}
 
 
 def test_trl_sft_loss_of_packed_documents_is_theirs(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""RoPE beyond the trained length without training: YaRN and dynamic NTK, by Transformers' own rope parameters.
+
+Bare RoPE fails beyond the length it was trained at, so a comparison at such lengths needs these. Nothing is written:
+the config is changed when the model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+BARE = "none"
+ROPE_TYPES = ("yarn", "dynamic")  # as Transformers calls them
+ROPE_HELP = (
+    "RoPE beyond the trained length, for all models or one for each: none, yarn:FACTOR, or dynamic:FACTOR (NTK; "
+    "dynamic:1 fits the base to each length). FACTOR is the longest length by the trained one."
+)
+
+
+def rope_choices(given: Sequence[str] | None, models: Sequence[str]) -> list[str]:
+    """What to do with each model's RoPE; one choice is for all models, None is "none".
+
+    Raises:
+        ValueError: there are neither one nor as many choices as models.
+    """
+    choices = list(given or [BARE])
+    if len(choices) not in (1, len(models)):
+        raise ValueError(
+            f"rope must be given once or for each of the {len(models)} models, got {choices!r}; correct it"
+        )
+    return choices * (len(models) // len(choices))
+
+
+def extend_rope(config: PretrainedConfig, choice: str) -> None:
+    """Set the rope parameters of a config that has plain RoPE.
+
+    L is the config's ``max_position_embeddings``, the trained length, which stays as it is. "yarn:s" computes s L
+    positions at every length: high frequencies stay, low ones are divided by s, and cos and sin are multiplied by
+    0.1 ln s + 1. "dynamic:s" changes nothing up to L; for a sequence of n > L tokens the base is multiplied by
+    (s n / L - (s - 1))^(d / (d - 2)), where d is the number of rotated dims: with s = 1 the NTK-aware base of n itself.
+
+    Args:
+        config: of a causal language model; changed in place.
+        choice: "none", "yarn:FACTOR" or "dynamic:FACTOR", the factor at least 1.
+
+    Raises:
+        ValueError: the choice is none of these, or the model has no RoPE, or one that is scaled already or differs by
+            layer.
+
+    Reference: arXiv 2309.00071 (YaRN; dynamic NTK in its section 3.3).
+    """
+    if choice == BARE:
+        return
+    kind, _, text = choice.partition(":")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if kind not in ROPE_TYPES or not 1 <= factor < math.inf:
+        raise ValueError(
+            f"rope must be none, yarn:FACTOR or dynamic:FACTOR, the factor at least 1, got {choice!r}; try yarn:8"
+        )
+    old = getattr(config, "rope_parameters", None)
+    positions = getattr(config, "positions", "rope")
+    if not old or positions != "rope":
+        found = "no rope_parameters" if positions == "rope" else f"positions {positions!r}"
+        raise ValueError(f"rope must be none for a model without RoPE, got {choice!r} and {found}; leave it out")
+    if old.get("rope_type") != "default":
+        raise ValueError(
+            f"rope must be none for a model whose RoPE is not plain, got {choice!r} and {old}; leave it out"
+        )
+    new = old | {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        new["original_max_position_embeddings"] = config.max_position_embeddings
+    config.rope_parameters = new
+
+
+def load_extended(source: str, choice: str = BARE, *, dtype: str = "float32", device: Any = "cpu") -> Any:
+    """A causal language model in eval mode, its RoPE as :func:`extend_rope` says.
+
+    Args:
+        source: folder or Hub id.
+        choice: "none", "yarn:FACTOR" or "dynamic:FACTOR".
+        dtype: name of the weights' dtype.
+        device: where to.
+
+    Raises:
+        ValueError: as `extend_rope`.
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(source)
+    extend_rope(config, choice)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype))
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def set_context(model: PreTrainedModel, tokens: int) -> None:
+    """Give dynamic RoPE the frequencies of a sequence of so many tokens; of any other model nothing changes.
+
+    Left alone, Transformers keeps those of the longest sequence seen so far, and while a longer one is generated it
+    changes them under keys that were rotated before and lie in the cache.
+
+    Args:
+        model: a causal language model.
+        tokens: of the next sequences, what will be generated included.
+    """
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") == "dynamic":
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        for place in (0, tokens - 1):  # a short sequence sets them back, a position beyond L moves them on
+            model.base_model(input_ids=token, position_ids=torch.full_like(token, place), use_cache=False)
+
+
+def model_label(method: str, name: str | None, source: str, rope: str) -> dict[str, str]:
+    """What to call a model in results: its source, and the name given or else its method, with what RoPE became."""
+    tail = "" if rope == BARE else f", {rope}"
+    return {"model": source + tail, "method": name or method + tail}

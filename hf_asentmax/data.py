@@ -38,8 +38,8 @@ class DataArguments:
 
     data: str = field(
         metadata=_help(
-            "Training text: a .json, .jsonl, .parquet, .csv, .tsv, .arrow or .txt file (a text file is one document), "
-            "a glob of such files, a folder of them or one written by save_to_disk, or a Hub dataset id."
+            "Training documents: a .json, .jsonl, .parquet, .csv, .tsv, .arrow or .txt file (a text file is one "
+            "document), a glob of such files, a folder of them or one written by save_to_disk, or a Hub dataset id."
         )
     )
     data_name: str | None = field(default=None, metadata=_help("Configuration of a Hub dataset, such as 'en'."))
@@ -47,8 +47,9 @@ class DataArguments:
     text_column: str = field(
         default="text",
         metadata=_help(
-            "Column with the text. Where it is missing, tokens are taken from 'input_ids', or samples from 'prompt' "
-            "and 'completion': each is a row of its own, with the loss on the completion."
+            "Column with the text. Where 'input_ids' stands in its place, the data are tokens already, as "
+            "tokenize_data.py writes them; with 'prompt' and 'completion' in its place each sample is a row of its "
+            "own, with the loss on the completion."
         ),
     )
     sequence_length: int = field(default=1024, metadata=_help("Tokens in a row; documents are packed to this length."))
@@ -79,12 +80,13 @@ def load_documents(
         name: configuration of a Hub dataset.
         split: the split; files given one by one or by a glob make the split "train".
         streaming: give a `datasets.IterableDataset` instead of a `datasets.Dataset`.
-        column: the column that must be there (or "input_ids").
+        column: the column with the text. Where "input_ids" stands in its place, the documents are tokens already: no
+            other column is kept then, and a row's tokens are a NumPy array.
         completions: take "prompt" and "completion" in place of it as well.
 
     Raises:
         FileNotFoundError: nothing lies at `source`.
-        ValueError: the file's ending is unknown, the source is empty, or there is no such column.
+        ValueError: the file's ending is unknown, the source is empty, or it has both of the columns or neither.
     """
     path = Path(source).expanduser()
     files = _files(source, path)
@@ -101,9 +103,18 @@ def load_documents(
     first = next(iter(documents), None)
     if first is None:
         raise ValueError(f"data source must hold documents, got {source!r}: it is empty; check file and split")
-    if not (column in first or "input_ids" in first or (completions and COMPLETIONS.issubset(first))):
-        raise ValueError(f"text column of {source} must be one of {sorted(first)}, got {column!r}; set --text_column")
-    return documents
+    if "input_ids" not in first:
+        if not (column in first or (completions and COMPLETIONS.issubset(first))):
+            raise ValueError(
+                f"text column of {source} must be one of {sorted(first)}, got {column!r}; set --text_column"
+            )
+        return documents
+    if column in first and column != "input_ids":
+        raise ValueError(
+            f"columns of {source} must be either {column!r} with text or 'input_ids' with tokens, got both; "
+            "set --text_column input_ids to train on the tokens, or remove that column"
+        )
+    return documents.select_columns(["input_ids"]).with_format("numpy")
 
 
 def _load(source: str, *args: Any, **kwargs: Any) -> Any:
@@ -192,8 +203,8 @@ def long_documents(
         FileNotFoundError: nothing lies at `data`.
     """
     documents = load_documents(data, split=split, column=column)
-    tokens: Iterable[list[int]]
-    if column in next(iter(documents)):
+    tokens: Iterable[Sequence[int]]
+    if "input_ids" not in next(iter(documents)):
         tokenizer = AutoTokenizer.from_pretrained(models[0])
         for source in models[1:]:
             if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
@@ -208,7 +219,7 @@ def long_documents(
     for ids in tokens:
         read, most_tokens = read + 1, max(most_tokens, len(ids))
         if len(ids) >= longest:
-            enough.append(list(ids))
+            enough.append(list(map(int, ids)))
         if len(enough) == most:
             break
     if not enough:

@@ -13,9 +13,9 @@ used, except the last `total % length` ones, which fill no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,22 +29,26 @@ TOKENIZER_BATCH = 64  # documents handed to the tokenizer at once
 
 def token_lists(
     documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, column: str
-) -> Iterator[list[int]]:
+) -> Iterator[Sequence[int]]:
     """Each document's tokens, with the first token that the tokenizer adds (if it does), closed by its end token.
 
     Args:
-        documents: rows with the text in `column`, or with lists of tokens in "input_ids", which are used as they are.
+        documents: rows with the text in `column`, or with tokens in "input_ids", which are used as they are.
         tokenizer: a tokenizer with an end-of-sequence token.
         column: the column with the text.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token.
+        ValueError: the tokenizer has no end-of-sequence token, or tokens lie outside of its vocabulary.
     """
     end = _end_token(tokenizer)
-    rows = iter(documents)
+    rows, size = iter(documents), len(tokenizer)
     while batch := list(islice(rows, TOKENIZER_BATCH)):
-        if column not in batch[0]:
-            yield from (row["input_ids"] for row in batch if row["input_ids"])
+        if "input_ids" in batch[0]:
+            for row in batch:
+                ids = np.asarray(row["input_ids"], dtype=np.int64)
+                if len(ids):
+                    _check_vocabulary(ids, size)
+                    yield cast("Sequence[int]", ids)  # an array: no list of 100 million integers
             continue
         texts = [row[column] for row in batch if row[column]]
         for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
@@ -56,6 +60,15 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if end is None:
         raise ValueError("tokenizer must have an end-of-sequence token, got None; set `eos_token` and save it again")
     return int(end)
+
+
+def _check_vocabulary(ids: np.ndarray, size: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"input_ids must be in [0, {size}), the tokenizer's vocabulary, got {low if low < 0 else high}; "
+            "give the tokenizer that the data were made with"
+        )
 
 
 def packed_row(tokens: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
@@ -91,7 +104,7 @@ class PackedDataset(torch.utils.data.Dataset):
         ValueError: the length is below 2, or the documents fill no row.
     """
 
-    def __init__(self, documents: Iterable[list[int]], length: int, *, max_rows: int | None = None) -> None:
+    def __init__(self, documents: Iterable[Sequence[int]], length: int, *, max_rows: int | None = None) -> None:
         _check_length(length)
         self.length = length
         pieces: list[np.ndarray] = []

@@ -72,6 +72,11 @@ class RunArguments:
     query_scale_learning_rate: float | None = option(
         None, "Learning rate of the query scale's parameters; by default that of the others. They start at zero."
     )
+    attn_implementation: str | None = option(
+        None,
+        "With --attention softmax: train Transformers' own softmax model, not ours at alpha 1, with this attention: "
+        "sdpa, flex_attention, or another that Transformers knows. Its positions are the family's.",
+    )
     loss: str = option(
         "cross_entropy",
         "Loss of the output layer, in training and eval_loss: cross_entropy, or a sparse one of the `entmax` package.",
@@ -89,6 +94,11 @@ class RunArguments:
             self.alpha, self.alpha_start, self.query_scaling = 1.0, 1.0, "none"
         elif self.target_alpha == 1.0:
             self.alpha_start = 1.0
+        if self.attn_implementation is not None and (self.attention, self.positions or "rope") != ("softmax", "rope"):
+            raise ValueError(
+                "attn_implementation must go with attention 'softmax' and positions 'rope', "
+                f"got {self.attention!r} and {self.positions!r}; leave --attn_implementation out"
+            )
         if self.settings["entmax_alpha_learned"] and (self.alpha, self.alpha_start) != (None, None):
             raise ValueError(f"alpha must be left out where it is learned, got {self.alpha!r}; remove --alpha")
 
@@ -150,9 +160,11 @@ def load_for_finetuning(
     Raises:
         ValueError: the checkpoint is ASEntmax with other settings already, or its family is not supported.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=run.attn_implementation)
     if is_asentmax(model):
         return _as_asked(model, run, path)
+    if run.attn_implementation is not None:
+        return model, None
     schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=1.0, target=run.target_alpha)
     patch_model(
         model,
@@ -184,9 +196,11 @@ def build_from_config(
             f"vocab_size in {path} must be at least the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}; "
             "raise it in the config"
         )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=run.attn_implementation)
     if is_asentmax(model):
         return _as_asked(model, run, path)
+    if run.attn_implementation is not None:
+        return model, None
     learned, alpha = run.settings["entmax_alpha_learned"], run.target_alpha
     schedule = None if learned else run.schedule(start=alpha, target=alpha)
     patch_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any
@@ -123,7 +124,9 @@ class AlphaSchedule(TrainerCallback):
 
 
 class ASEntmaxTrainer(Trainer):
-    """A Trainer with a learning rate for the query scale, that logs alpha and support, and saves adapters' base.
+    """A Trainer with a learning rate for the query scale, that logs speed, alpha and support, and saves adapters' base.
+
+    tokens_per_second in the log is that since the line before, of all processes, whatever took the time.
 
     Args:
         query_scale_learning_rate: of the parameters of the query scale, which get no weight decay; None: as the others.
@@ -156,6 +159,7 @@ class ASEntmaxTrainer(Trainer):
         self.query_scale_learning_rate = query_scale_learning_rate
         self.support_tokens = support_tokens
         self._sample: dict[str, Tensor] = {}
+        self._tokens, self._since = 0, 0.0  # read since the last line of the log, and its time
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's; or a :class:`TaskStream` as it is, from the batch at which a resumed run left off."""
@@ -180,6 +184,8 @@ class ASEntmaxTrainer(Trainer):
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self._since = self._since or time.perf_counter()
+        self._tokens += inputs["input_ids"].numel()
         if self.support_tokens and is_asentmax(self.model):
             names = ("input_ids", "position_ids", "attention_mask")
             cut = slice(self.support_tokens)
@@ -187,6 +193,10 @@ class ASEntmaxTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._tokens:
+            now = time.perf_counter()
+            logs["tokens_per_second"] = self._tokens * self.args.world_size / (now - self._since)
+            self._tokens, self._since = 0, now
         if "loss" in logs and is_asentmax(self.model):
             logs.update(current_alpha(self.model))
         if "loss" in logs and self._sample:

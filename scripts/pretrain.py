@@ -1,5 +1,7 @@
 """Train a language model from scratch: the architecture from a config, the text cut by an existing tokenizer.
 
+The data are texts, or tokens (a column input_ids) as tokenize_data.py makes them once for all runs, with a tokenizer.
+
 The config is a config.json (or a folder with one) of a supported family, as the README lists them. With
 a softmax one, --alpha, --query_scaling and --positions say what its attention becomes; an ASEntmax one says it itself.
 A killed run goes on from its last complete checkpoint when the same command is given again. --output_dir gets the
@@ -21,6 +23,8 @@ examples:
   python scripts/pretrain.py --config config.json --tokenizer SmolLM2-135M --data 'corpus/*.parquet' --streaming
       --sequence_length 1024 --max_steps 20000 --per_device_train_batch_size 32 --positions nape --output_dir runs/nape
   the softmax twin, same data and order:   ... --attention softmax --output_dir runs/softmax
+  the same by Transformers' own model:     ... --attention softmax --attn_implementation sdpa --output_dir runs/sdpa
+  on a GPU, fast:                          ... --bf16 --torch_compile --dataloader_drop_last
   several GPUs:                            accelerate launch scripts/pretrain.py ...
 """
 
@@ -42,6 +46,9 @@ def main() -> None:
     )
     parser.set_defaults(output_dir="runs/pretrain", logging_steps=10, save_total_limit=2, learning_rate=1e-3)
     parser.set_defaults(lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.1, report_to="none")
+    # Nothing in a step waits for the GPU: batches are copied beside the computation, and a loss of NaN is logged as it
+    # is (the Trainer would look at each, and log the mean of those before in its place).
+    parser.set_defaults(accelerator_config={"non_blocking": True}, logging_nan_inf_filter=False)
     choice, data, run, args = parser.parse_args_into_dataclasses()
 
     tokenizer = AutoTokenizer.from_pretrained(choice.tokenizer)

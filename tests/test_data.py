@@ -121,7 +121,8 @@ def test_data_documents_end_with_one_end_token() -> None:
     rows = [{"text": "ab"}, {"text": ""}, {"text": None}, {"text": "b</s>"}]
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
     assert list(token_lists(rows, tokenizer, "text")) == [[a, b, 1], [b, 1]]
-    assert list(token_lists([{"input_ids": [4, 5]}, {"input_ids": []}], tokenizer, "text")) == [[4, 5]]
+    rows = [{"input_ids": [4, 5]}, {"input_ids": []}]
+    assert [list(ids) for ids in token_lists(rows, tokenizer, "text")] == [[4, 5]]
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-sequence token"):
         list(token_lists(rows, tokenizer, "text"))

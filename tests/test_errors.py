@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import random_tokens, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from training_setup import arguments, rows
+from training_setup import arguments, rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_asentmax import ASEntmaxConfig, patch_model
 from hf_asentmax.checkpoints import claim_output_dir
+from hf_asentmax.data import DataArguments, load_packed
 from hf_asentmax.training import ASEntmaxTrainer
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -65,6 +67,11 @@ def mask_with_a_hole(folder: Path) -> None:
     patched()(TOKENS, attention_mask=torch.ones_like(TOKENS).index_fill(1, torch.tensor([4]), 0))
 
 
+def tokens_of_another_tokenizer(folder: Path) -> None:
+    Dataset.from_dict({"input_ids": [[5, 31, 1]]}).to_parquet(str(folder / "tokens.parquet"))
+    load_packed(DataArguments(data=str(folder / "tokens.parquet")), tiny_tokenizer(), seed=0)
+
+
 # What the message column begins with -> what a user did, given an empty folder.
 CAUSES: dict[str, Callable[[Path], Any]] = {
     "model must be one of ...": lambda folder: patch_model(
@@ -98,6 +105,7 @@ CAUSES: dict[str, Callable[[Path], Any]] = {
     ),
     "head dim of query must be at most 256 on a GPU": wide_heads,
     "... must be a complete safetensors file": truncated,
+    "input_ids must be in ...": tokens_of_another_tokenizer,
     "settings must be those of the run in ... to go on with it": another_run,
 }
 if importlib.util.find_spec("triton") is None:  # where triton isn't, there are no kernels, and no such error

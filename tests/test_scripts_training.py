@@ -15,7 +15,7 @@ import torch
 from helpers import random_tokens, tiny_config
 from safetensors.torch import load_file
 from training_setup import tiny_texts, tiny_tokenizer, write_model, write_texts
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_asentmax import ASEntmaxForCausalLM, patch_model
 
@@ -201,12 +201,39 @@ def test_pretrain_builds_what_the_config_and_options_say(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("script", ["finetune", "pretrain"])
+def test_softmax_by_transformers_itself_trains_as_ours_at_alpha_1(
+    script: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--max_steps", "2", "--attention", "softmax"]
+    run(monkeypatch, command(script, inputs, tmp_path / "ours", *options))
+    options += ["--attn_implementation", "sdpa"]
+    run(monkeypatch, command(script, inputs, tmp_path / "stock", *options))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(model) is LlamaForCausalLM
+    ours, stock = weights(tmp_path / "ours"), weights(tmp_path / "stock")
+    assert ours.keys() == stock.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, stock[name], rtol=1e-3, atol=1e-4)
+    for other in (["--attention", "asentmax"], ["--positions", "nape"]):
+        with pytest.raises(ValueError, match="attn_implementation must go with attention 'softmax' and positions"):
+            run(monkeypatch, command(script, inputs, tmp_path / "other", *options, *other))
+
+
 def test_pretrain_refuses_a_tokenizer_that_is_too_large(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_config("llama", vocab_size=8).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"at least the tokenizer's 31 tokens, got 8"):
         run(monkeypatch, command("pretrain", inputs, tmp_path / "run", "--config", str(tmp_path / "small")))
+
+
+def test_recipe_of_the_language_model_has_the_size_of_its_name() -> None:
+    config = AutoConfig.from_pretrained(SCRIPTS.parent / "recipes" / "llama-42m.json")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.num_parameters(exclude_embeddings=True) == 42_477_312
+    assert (config.eos_token_id, config.pad_token_id) == (0, 1)  # as train_tokenizer numbers them
 
 
 @pytest.mark.parametrize("script", ["finetune", "pretrain"])

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,6 +184,20 @@ def test_trainer_without_a_rate_or_a_scale_keeps_the_usual_groups(tmp_path: Path
         assert len(trainer.create_optimizer().param_groups) == 2
         trainer.train()
         assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_trainer_logs_tokens_a_second_since_the_line_before(
+    accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 104.0, 112.0])  # the first batch, and each line of the log
+    monkeypatch.setattr("hf_asentmax.training.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulated)
+    trainer = ASEntmaxTrainer(tiny_model("llama"), args, train_dataset=rows())
+    trainer.train()
+    tokens = 2 * accumulated * 2 * 16  # steps, batches, rows, tokens of a row
+    logged = [entry["tokens_per_second"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [tokens / 4.0, tokens / 8.0]
 
 
 def test_trainer_logs_support_into_the_history_and_trains_as_without_it(tmp_path: Path) -> None:

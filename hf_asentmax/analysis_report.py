@@ -26,9 +26,9 @@ from .analysis_plots import (
     spread_evenly,
 )
 from .benchmark.inputs import CASES
-from .benchmark.report import markdown_table
 from .checkpoints import write_json
 from .data import long_documents
+from .evaluation import markdown_table
 from .formula_plots import FORMULA_FIGURES, dispersion_rows
 from .methods import method_name
 from .options import option

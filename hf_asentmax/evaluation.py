@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import sqrt
 from typing import Any
@@ -81,6 +81,16 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, its columns aligned."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+
+
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a ladder or of `retrieve` as a Markdown table, with a note where one is needed."""
     titles = {"method": "method", "seed": "seed", "length": "length", "depth": "depth", "accuracy": "accuracy, %"}
@@ -98,9 +108,14 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     text = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines]
-    if any(row["beyond_context"] for row in rows):
-        text += ["", "\\* longer than the context that the model's config states (max_position_embeddings); not cut."]
-    return "\n".join(text)
+    return "\n".join(text + beyond_context_note(rows))
+
+
+def beyond_context_note(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The lines after a table that say what its "*" means, if there is one."""
+    if not any(row.get("beyond_context") for row in rows):
+        return []
+    return ["", "\\* longer than the context that the model's config states (max_position_embeddings); not cut."]
 
 
 def model_names(given: Sequence[str] | None, models: Sequence[str]) -> list[str | None]:

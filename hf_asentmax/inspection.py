@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from . import modeling_asentmax
-from .benchmark.report import markdown_table
+from .evaluation import markdown_table
 from .methods import method_name
 from .positions import alibi_slopes
 from .scaling import QueryScale

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
 
-from .benchmark.report import markdown_table
 from .checkpoints import write_json
 from .data import long_documents
-from .evaluation import evaluating, model_names, progress_bar
+from .evaluation import beyond_context_note, evaluating, markdown_table, model_names, progress_bar
 from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
 from .methods import method_name
 from .options import DTYPES, option
@@ -196,9 +195,7 @@ def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
             cells += [f"{row['ratio']:.3f}", f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"]
         lines.append([*cells, str(row["documents"])])
     text = markdown_table([*header, "documents"], lines)
-    if any(row.get("beyond_context") for row in rows):
-        text += ["", "\\* longer than the context that the model's config states (max_position_embeddings); not cut."]
-    return "\n".join(text)
+    return "\n".join(text + beyond_context_note(rows))
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import markdown_table
 from ..plots import COLOURS, MARKERS, new_figure, write_figure
 
 OURS = "asentmax"
@@ -48,16 +49,6 @@ def _times(row: dict[str, Any], name: str) -> str:
     if row["status"] != "ok" or name not in row:
         return ""
     return f"{row[name]['median']:.3f} ({row[name]['low']:.3f}-{row[name]['high']:.3f})"
-
-
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, its columns aligned."""
-    cells = [list(header), *map(list, lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    cells.insert(1, ["-" * width for width in widths])
-    return [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    ]
 
 
 def describe_case(row: dict[str, Any]) -> str:

@@ -256,6 +256,9 @@ def load_packed(
     def completions(documents: Any) -> bool:
         return not {column, "input_ids"} & set(next(iter(documents)))
 
+    if args.streaming and completions(train):
+        raise ValueError("streaming must be off for samples with completions, got True; leave --streaming out")
+
     def packed(documents: Any, what: str, max_rows: int | None = None) -> PackedDataset:
         if completions(documents):
             samples = tqdm(islice(documents, max_rows), desc=f"tokenising {what}", unit=" samples")
@@ -265,7 +268,5 @@ def load_packed(
 
     evaluation = None if held_out is None else packed(held_out, "evaluation data", args.max_eval_rows)
     if args.streaming:
-        if completions(train):
-            raise ValueError("streaming must be off for samples with completions, got True; leave --streaming out")
         return PackedStream(train, tokenizer, length, column=column, seed=seed, buffer=args.shuffle_buffer), evaluation
     return packed(train, "training data"), evaluation

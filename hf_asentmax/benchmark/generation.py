@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .models import ATTENTIONS, ModelCase, build_model, model_support
+from .models import ATTENTIONS, ModelCase, build_model, check_choices, model_support
 from .timing import MIB, summary
 
 CACHES = ("dynamic", "static")  # Transformers compiles the decoding of a static cache on a GPU
@@ -49,9 +49,7 @@ class GenerationCase:
     block_sparsity: float = 0.9
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attention", tuple(ATTENTIONS)), ("cache", CACHES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self, attention=ATTENTIONS, cache=CACHES)
         for name, least in (("prompt", 1), ("new_tokens", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -60,15 +61,20 @@ class ModelCase:
     step_tokens: int = 32768
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attention", tuple(ATTENTIONS)), ("setting", SETTINGS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self, attention=ATTENTIONS, setting=SETTINGS)
         if not 1 <= self.context <= self.step_tokens:
             raise ValueError(f"context must be between 1 and step_tokens = {self.step_tokens}, got {self.context!r}")
 
     @property
     def name(self) -> str:
         return f"{self.setting}_{self.context}"
+
+
+def check_choices(case: Any, **allowed: Iterable[str]) -> None:
+    """Raise ValueError unless each of these attributes is one of those allowed."""
+    for name, values in allowed.items():
+        if getattr(case, name) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(case, name)!r}")
 
 
 def benchmark_model(

@@ -23,6 +23,7 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "copy": (2, 256, 16, 1024),
 }
 DEFAULT_SIZES = (2, 256, 8, 1024)
+QUERY_NORM = 0.2  # where the weights of a model's query norm start
 
 
 class TaskStream(IterableDataset):
@@ -114,6 +115,7 @@ def build_synthetic_model(
 
     Its input embeddings are drawn from N(0, 1), `torch.nn.Embedding`'s own distribution, not with the config's
     `initializer_range`: symbols that are nearly orthogonal from the start are told apart sooner (docs/recipe-log.md).
+    Where queries are normalised, that norm's weights start at ``QUERY_NORM``, not 1: attention starts almost even.
 
     Args:
         task: whose tokens it reads and writes.
@@ -150,4 +152,7 @@ def build_synthetic_model(
     config = CONFIG_CLASSES[family](**values | method_settings(method) | settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".q_norm.weight"):
+            torch.nn.init.constant_(parameter, QUERY_NORM)
     return model

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hf_asentmax import METHODS
 from hf_asentmax.methods import method_name
-from hf_asentmax.synthetic import SIZES, TaskStream, build_synthetic_model
+from hf_asentmax.synthetic import QUERY_NORM, SIZES, TaskStream, build_synthetic_model
 from hf_asentmax.tasks import IGNORED, TASKS, build_task, load_task
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_synthetic.py"
@@ -108,6 +108,15 @@ def test_synthetic_models_are_of_the_method_and_the_paper_s_sizes(method: str) -
     assert found == SIZES["copy"]
     assert (config.head_dim, config.vocab_size, config.positions) == (16, task.vocab_size, "nope")
     assert config.max_position_embeddings == 43  # <bos> source <sep> copy <eos>
+
+
+@pytest.mark.parametrize(("family", "norms"), [("llama", 0), ("qwen3", 2)])
+def test_synthetic_models_start_almost_even(family: str, norms: int) -> None:
+    model = build_synthetic_model(build_task("copy"), "asentmax", family=family, sizes=(2, 64, 2, 8))
+    starts = [p for name, p in model.named_parameters() if name.endswith("q_norm.weight")]
+    assert len(starts) == norms
+    assert all(bool((p == QUERY_NORM).all()) for p in starts)
+    assert all(bool((p == 1).all()) for name, p in model.named_parameters() if name.endswith("k_norm.weight"))
 
 
 def test_synthetic_models_refuse_an_unknown_family() -> None:

@@ -24,6 +24,8 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 }
 DEFAULT_SIZES = (2, 256, 8, 1024)
 QUERY_NORM = 0.2  # where the weights of a model's query norm start
+# Gemma 2's layers as the paper has them: no soft cap, scores over 16 whatever the head dim.
+GEMMA2: dict[str, Any] = {"final_logit_softcapping": None, "query_pre_attn_scalar": 256}
 
 
 class TaskStream(IterableDataset):
@@ -116,12 +118,14 @@ def build_synthetic_model(
     Its input embeddings are drawn from N(0, 1), `torch.nn.Embedding`'s own distribution, not with the config's
     `initializer_range`: symbols that are nearly orthogonal from the start are told apart sooner (docs/recipe-log.md).
     Where queries are normalised, that norm's weights start at ``QUERY_NORM``, not 1: attention starts almost even.
+    Gemma 2's layers are the paper's instead: scores over 16, no soft cap, no window, embeddings as the config says.
 
     Args:
         task: whose tokens it reads and writes.
         method: a key of :data:`hf_asentmax.METHODS`.
         positions: "nape", "rope", "nope" or "alibi".
-        family: "llama", or "qwen3" for queries and keys that are normalised.
+        family: "llama", "qwen3" for queries and keys that are normalised, "gemma2" for norms before and after each
+            part of a layer.
         length: the longest source in training; at its end the query scale "log" starts with r = 1.
         sizes: layers, width, heads, width of the MLP; those of the task in ``SIZES`` by default.
         **settings: other configuration values.
@@ -149,9 +153,12 @@ def build_synthetic_model(
         "positions": positions,
         "query_scale_length": tokens,
     }
+    if family == "gemma2":
+        values |= GEMMA2 | {"layer_types": ["full_attention"] * layers}
     config = CONFIG_CLASSES[family](**values | method_settings(method) | settings)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)
+    if family != "gemma2":  # which multiplies them by the root of the width
+        torch.nn.init.normal_(cast(torch.nn.Embedding, model.get_input_embeddings()).weight)
     for name, parameter in model.named_parameters():
         if name.endswith(".q_norm.weight"):
             torch.nn.init.constant_(parameter, QUERY_NORM)

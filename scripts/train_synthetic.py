@@ -40,7 +40,10 @@ class SyntheticArguments:
     )
     family: str = field(
         default="qwen3",
-        metadata={"help": "qwen3 normalises queries and keys, llama does not.", "choices": ["llama", "qwen3"]},
+        metadata={
+            "help": "llama; qwen3, which normalises queries and keys; gemma2, with norms after attention and MLP too.",
+            "choices": ["llama", "qwen3", "gemma2"],
+        },
     )
     sizes: list[int] | None = field(
         default=None, metadata={"help": "Layers, width, heads, MLP width; by default the paper's for the task."}

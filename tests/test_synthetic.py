@@ -103,7 +103,7 @@ def test_synthetic_models_are_of_the_method_and_the_paper_s_sizes(method: str) -
     model = build_synthetic_model(task, method, positions="nope", length=20)
     config = model.config
     assert method_name(config) == method
-    assert 0.9 < float(model.get_input_embeddings().weight.std()) < 1.1
+    assert 0.9 < model.get_input_embeddings().weight.std().item() < 1.1
     found = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size)
     assert found == SIZES["copy"]
     assert (config.head_dim, config.vocab_size, config.positions) == (16, task.vocab_size, "nope")
@@ -117,6 +117,17 @@ def test_synthetic_models_start_almost_even(family: str, norms: int) -> None:
     assert len(starts) == norms
     assert all(bool((p == QUERY_NORM).all()) for p in starts)
     assert all(bool((p == 1).all()) for name, p in model.named_parameters() if name.endswith("k_norm.weight"))
+
+
+def test_synthetic_models_of_gemma_2_s_layers_are_the_paper_s() -> None:
+    task = build_task("reverse")
+    model = build_synthetic_model(task, "asentmax", family="gemma2", length=20)
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (6, 256, 32)
+    assert config.layer_types == ["full_attention"] * 6
+    assert (config.final_logit_softcapping, config.query_pre_attn_scalar) == (None, 256)
+    assert 0.018 < model.get_input_embeddings().weight.std().item() < 0.022  # times 16 in the model
+    assert all(layer.self_attn.scaling == 1 / 16 for layer in model.model.layers)
 
 
 def test_synthetic_models_refuse_an_unknown_family() -> None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
+from hf_asentmax.checkpoints import write_json
 from hf_asentmax.evaluation import results_table
 from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.options import HelpFormatter
 from hf_asentmax.plots import write_report
+from hf_asentmax.pruning import prune_heads
 from hf_asentmax.runs import RunArguments, begin_run, run_training, summary
 from hf_asentmax.synthetic import TaskStream, build_synthetic_model
 from hf_asentmax.tasks import TASKS, build_task, save_task
 
+PRUNING_BATCHES = 8  # each of --per_device_train_batch_size sequences
 EXAMPLE = """
 examples:
   the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
@@ -62,10 +66,23 @@ class SyntheticArguments:
         metadata={"help": "Sources of the ladder; the validation stream goes to 16 times the training length."},
     )
     samples: int = field(default=1000, metadata={"help": "Samples a length: 1000 leave +-3 points."})
+    prune_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "At the end zero the heads that the model does not need: how far the loss of further training "
+            "batches may rise, in nats a token. Such heads do harm beyond the training length."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
             raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
+    """The mean cross entropy of the batches, in nats a token."""
+    return torch.stack([model(**batch, use_cache=False).loss for batch in batches]).mean().item()
 
 
 def main() -> None:
@@ -113,10 +130,19 @@ def main() -> None:
         model, None, train, None, args, run, schedule=schedule, checkpoint=checkpoint, settings=settings
     )
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it was trained
+        if choice.prune_tolerance is not None:
+            train.begin = lambda: args.max_steps  # batches that it was not trained on
+            batches = list(islice(train, PRUNING_BATCHES))
+            results["pruned_heads"] = prune_heads(
+                model.eval(), lambda: mean_loss(model, batches), tolerance=choice.prune_tolerance
+            )
         rows = synthetic_ladder(
             model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation"
         )
     if args.process_index == 0:
+        if choice.prune_tolerance is not None:
+            model.save_pretrained(args.output_dir)
+            write_json(Path(args.output_dir) / "results.json", results)
         save_task(task, args.output_dir)
         folder = Path(args.output_dir) / "validation"
         print(summary(results, args.output_dir))

@@ -179,6 +179,17 @@ def test_train_synthetic_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(weights[name], x) for name, x in expected.items())
 
 
+def test_train_synthetic_prunes_heads_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--task", "copy", "--max_steps", "4", "--save_steps", "2", "--prune_tolerance", "1e9")
+    weight, expected = "model.layers.0.self_attn.o_proj.weight", {"model.layers.0.self_attn": [0, 1]}
+    assert train(tmp_path, *options, monkeypatch=monkeypatch)["pruned_heads"] == expected
+    assert not load_file(tmp_path / "model.safetensors")[weight].any()
+    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors")[weight].all()
+    (tmp_path / "model.safetensors").unlink()  # as if killed after the last step
+    assert train(tmp_path, *options, monkeypatch=monkeypatch)["pruned_heads"] == expected
+    assert not load_file(tmp_path / "model.safetensors")[weight].any()
+
+
 def test_train_synthetic_names_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="sizes must be layers, width, heads and MLP width.*32, 0"):
         train(tmp_path, "--sizes", "1", "32", "0", "64", monkeypatch=monkeypatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,16 +28,16 @@ def prune_heads(model: nn.Module, loss: Callable[[], float], *, tolerance: float
         The heads cut, by the name of their attention module.
 
     Raises:
-        ValueError: a tolerance below zero, or no attention to prune.
+        ValueError: a tolerance below zero, a loss that is not finite, or no attention to prune. After any error, that
+            of the loss too, the model is as it was.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance!r}; 0 cuts only what costs nothing")
     heads: list[tuple[float, str, int, Tensor]] = []
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "o_proj", None), nn.Linear) and isinstance(
-            getattr(module, "head_dim", None), int
-        ):
-            parts = module.o_proj.weight.split(module.head_dim, dim=1)
+        output, size = getattr(module, "o_proj", None), getattr(module, "head_dim", None)
+        if isinstance(output, nn.Linear) and isinstance(size, int):
+            parts = output.weight.split(size, dim=1)
             heads += [(part.norm().item(), name, head, part) for head, part in enumerate(parts)]
     if not heads:
         raise ValueError(
@@ -44,12 +45,19 @@ def prune_heads(model: nn.Module, loss: Callable[[], float], *, tolerance: float
             "give the language model itself"
         )
     limit = loss() + tolerance
+    if not math.isfinite(limit):
+        raise ValueError(f"loss and tolerance must be finite, got a limit of {limit}; nothing could be told by it")
+    whole = [part.clone() for *_, part in heads]
     cut: dict[str, list[int]] = {}
-    for _, name, head, part in sorted(heads, key=lambda entry: entry[0]):
-        kept = part.clone()
-        part.zero_()
-        if loss() <= limit:
-            cut.setdefault(name, []).append(head)
-        else:
-            part.copy_(kept)
+    try:
+        for (_, name, head, part), before in sorted(zip(heads, whole, strict=True), key=lambda entry: entry[0][0]):
+            part.zero_()
+            if loss() <= limit:
+                cut.setdefault(name, []).append(head)
+            else:
+                part.copy_(before)
+    except BaseException:  # interrupted: the model as it was
+        for (*_, part), before in zip(heads, whole, strict=True):
+            part.copy_(before)
+        raise
     return {name: sorted(cut[name]) for name in sorted(cut)}

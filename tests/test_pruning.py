@@ -82,6 +82,21 @@ def test_a_wrong_tolerance_changes_nothing(tolerance: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters(), strict=True))
 
 
+@pytest.mark.parametrize("losses", [[float("nan")], [float("inf")], [0.0, 0.0, 0.0, KeyboardInterrupt()]])
+def test_an_error_leaves_the_model_as_it_was(losses: list[float | BaseException]) -> None:
+    model, left = build(), iter(losses)
+
+    def loss() -> float:
+        value = next(left)
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    with pytest.raises((ValueError, KeyboardInterrupt)):
+        prune_heads(model, loss, tolerance=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build().parameters(), strict=True))
+
+
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="model must have attention modules.*got Linear"):
         prune_heads(nn.Linear(2, 2), lambda: 0.0, tolerance=0.0)

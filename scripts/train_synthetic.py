@@ -8,6 +8,7 @@ stream: choose settings by that. The test stream is for scripts/evaluate_synthet
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -70,13 +71,15 @@ class SyntheticArguments:
         default=None,
         metadata={
             "help": "At the end zero the heads that the model does not need: how far the loss of further training "
-            "batches may rise, in nats a token. Such heads do harm beyond the training length."
+            "batches may rise, in nats a token. Such heads may do harm beyond the training length."
         },
     )
 
     def __post_init__(self) -> None:
         if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
             raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
+        if self.prune_tolerance is not None and not 0 <= self.prune_tolerance < math.inf:
+            raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 0")
 
 
 @torch.no_grad()

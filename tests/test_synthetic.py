@@ -193,3 +193,12 @@ def test_train_synthetic_prunes_heads_at_the_end(tmp_path: Path, monkeypatch: py
 def test_train_synthetic_names_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="sizes must be layers, width, heads and MLP width.*32, 0"):
         train(tmp_path, "--sizes", "1", "32", "0", "64", monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("tolerance", ["-1e-6", "nan", "inf"])
+def test_train_synthetic_names_a_wrong_tolerance_before_it_trains(
+    tolerance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="prune_tolerance must be at least 0 and finite, got"):
+        train(tmp_path / "run", f"--prune_tolerance={tolerance}", monkeypatch=monkeypatch)
+    assert not (tmp_path / "run").exists()

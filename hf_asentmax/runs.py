@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -242,6 +244,7 @@ def run_training(
     run: RunArguments,
     *,
     schedule: AlphaSchedule | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     checkpoint: str | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -255,6 +258,7 @@ def run_training(
         args: the Trainer's arguments; the model is saved to `args.output_dir`.
         run: the loss, learning rate of the query scale, and how much of the support to log.
         schedule: moves alpha; None leaves it.
+        callbacks: what else the Trainer calls.
         checkpoint: where to go on from, as `begin_run` gives it.
         settings: written into results.json.
 
@@ -267,7 +271,7 @@ def run_training(
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        callbacks=[] if schedule is None else [schedule],
+        callbacks=[*callbacks, *([] if schedule is None else [schedule])],
         compute_loss_func=output_loss(run.loss),
         query_scale_learning_rate=run.query_scale_learning_rate,
         support_tokens=run.support_tokens,

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_asentmax.checkpoints import write_json
 from hf_asentmax.evaluation import results_table
 from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.options import HelpFormatter
 from hf_asentmax.plots import write_report
-from hf_asentmax.pruning import prune_heads
+from hf_asentmax.pruning import PruneHeads, zero_heads
 from hf_asentmax.runs import RunArguments, begin_run, run_training, summary
 from hf_asentmax.synthetic import TaskStream, build_synthetic_model
-from hf_asentmax.tasks import TASKS, build_task, save_task
+from hf_asentmax.tasks import TASKS, RetrievalTask, build_task, save_task
 
-PRUNING_BATCHES = 8  # each of --per_device_train_batch_size sequences
+PRUNING_BATCHES = 8  # that tell which heads a model needs
 EXAMPLE = """
 examples:
   the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
@@ -70,8 +71,8 @@ class SyntheticArguments:
     prune_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "At the end zero the heads that the model does not need: how far the loss of further training "
-            "batches may rise, in nats a token. Such heads may do harm beyond the training length."
+            "help": "After half of the steps zero, for good, the heads that the model does not need: how far the loss "
+            "of further batches may rise, in nats a token. Such heads may do harm beyond the training length."
         },
     )
 
@@ -79,13 +80,23 @@ class SyntheticArguments:
         if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
             raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
         if self.prune_tolerance is not None and not 0 <= self.prune_tolerance < math.inf:
-            raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 0")
+            raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 1e-5")
 
 
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
-    """The mean cross entropy of the batches, in nats a token."""
-    return torch.stack([model(**batch, use_cache=False).loss for batch in batches]).mean().item()
+def pruning_loss(
+    task: RetrievalTask, lengths: tuple[int, int], args: TrainingArguments
+) -> Callable[[torch.nn.Module], float]:
+    """The mean loss, in nats a token, on batches that no process is trained on; the same ones for all."""
+    stream = TaskStream(task, args.per_device_train_batch_size, lengths, seed=args.seed, device=args.device)
+    stream.begin = lambda: (args.max_steps * args.gradient_accumulation_steps + stream.POOL) * args.world_size
+    batches = list(islice(stream, PRUNING_BATCHES))
+
+    @torch.no_grad()
+    def loss(model: torch.nn.Module) -> float:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it is trained
+            return torch.stack([model(**batch, use_cache=False).loss for batch in batches]).mean().item()
+
+    return loss
 
 
 def main() -> None:
@@ -129,23 +140,29 @@ def main() -> None:
         process=args.process_index,
         processes=args.world_size,
     )
+    callbacks = []
+    if choice.prune_tolerance is not None:
+        loss = pruning_loss(task, (choice.min_length, choice.max_length), args)
+        callbacks.append(PruneHeads(loss, tolerance=choice.prune_tolerance))
     results = run_training(
-        model, None, train, None, args, run, schedule=schedule, checkpoint=checkpoint, settings=settings
+        model,
+        None,
+        train,
+        None,
+        args,
+        run,
+        schedule=schedule,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        settings=settings,
     )
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it was trained
-        if choice.prune_tolerance is not None:
-            train.begin = lambda: args.max_steps  # batches that it was not trained on
-            batches = list(islice(train, PRUNING_BATCHES))
-            results["pruned_heads"] = prune_heads(
-                model.eval(), lambda: mean_loss(model, batches), tolerance=choice.prune_tolerance
-            )
         rows = synthetic_ladder(
             model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation"
         )
     if args.process_index == 0:
         if choice.prune_tolerance is not None:
-            model.save_pretrained(args.output_dir)
-            write_json(Path(args.output_dir) / "results.json", results)
+            write_json(Path(args.output_dir) / "results.json", results | {"pruned_heads": zero_heads(model)})
         save_task(task, args.output_dir)
         folder = Path(args.output_dir) / "validation"
         print(summary(results, args.output_dir))

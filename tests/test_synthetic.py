@@ -179,15 +179,23 @@ def test_train_synthetic_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(weights[name], x) for name, x in expected.items())
 
 
-def test_train_synthetic_prunes_heads_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--task", "copy", "--max_steps", "4", "--save_steps", "2", "--prune_tolerance", "1e9")
-    weight, expected = "model.layers.0.self_attn.o_proj.weight", {"model.layers.0.self_attn": [0, 1]}
-    assert train(tmp_path, *options, monkeypatch=monkeypatch)["pruned_heads"] == expected
-    assert not load_file(tmp_path / "model.safetensors")[weight].any()
-    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors")[weight].all()
-    (tmp_path / "model.safetensors").unlink()  # as if killed after the last step
-    assert train(tmp_path, *options, monkeypatch=monkeypatch)["pruned_heads"] == expected
-    assert not load_file(tmp_path / "model.safetensors")[weight].any()
+def test_heads_cut_at_half_of_the_steps_stay_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--task", "copy", "--max_steps", "6", "--save_steps", "2", "--prune_tolerance", "1e9")
+    options += ("--save_total_limit", "3", "--weight_decay", "0.1")
+    weight = "model.layers.0.self_attn.o_proj.weight"
+    results = train(tmp_path, *options, monkeypatch=monkeypatch)
+    assert results["pruned_heads"] == {"model.layers.0.self_attn": [0, 1]}
+    assert {"step": 3, "heads_cut": 2} in results["log"]
+    assert load_file(tmp_path / "checkpoint-2" / "model.safetensors")[weight].all()
+    expected = load_file(tmp_path / "model.safetensors")
+    assert not expected[weight].any()
+    for step in (4, 2):  # as if killed after the cut, then before it
+        (tmp_path / "model.safetensors").unlink()
+        shutil.rmtree(tmp_path / f"checkpoint-{step + 2}")
+        assert train(tmp_path, *options, monkeypatch=monkeypatch)["pruned_heads"] == results["pruned_heads"]
+        weights = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(weights[name], x) for name, x in expected.items())
+        shutil.rmtree(tmp_path / "checkpoint-6")
 
 
 def test_train_synthetic_names_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

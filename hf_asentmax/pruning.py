@@ -102,7 +102,7 @@ def prune_heads(
     states = {} if optimizer is None else optimizer.state
     for parameter, part in [weights for head in cut for weights in head.weights]:
         for state in states.get(parameter, {}).values():
-            if state.shape == parameter.shape:
+            if getattr(state, "shape", None) == parameter.shape:  # moments, not a count of steps
                 state[part] = 0
     return _by_module(cut)
 

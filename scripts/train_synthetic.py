@@ -30,7 +30,7 @@ from hf_asentmax.tasks import TASKS, RetrievalTask, build_task, save_task
 PRUNING_BATCHES = 8  # that tell which heads a model needs
 EXAMPLE = """
 examples:
-  the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
+  the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --bf16 --torch_compile --prune_tolerance 1e-5
   a twin of another method:           ... --attention softmax --output_dir runs/softmax
   its test ladder, once:              python scripts/evaluate_synthetic.py --model runs/synthetic --bf16
 """

@@ -64,9 +64,9 @@ class QueryScale(nn.Module):
       and ``u_h x + d_h``
 
     where c is ``query_scale_gamma_range`` and m ``query_scale_gamma_center``, 0 in the papers. Weights start at zero,
-    and r at delta + ln 2: everywhere for m = 0, else at n = ``query_scale_length``. From scratch on short sequences the
-    exponent is learned from a narrow range of n and may come out negative, so that r falls where it should grow;
-    m = c = 1 keeps it between 0 and 2.
+    and r at delta + ln 2: everywhere for m = 0, else at n = ``query_scale_length``. Where all training sequences are
+    short, log n hardly varies and the exponent is one more way to set r; it may end where r falls with n, or stays.
+    With delta = 0, m = 1 and c = 0.5 it grows in every head, between (log n)^0.5 and (log n)^1.5.
     """
 
     def __init__(self, config: Any) -> None:

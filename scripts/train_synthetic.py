@@ -56,12 +56,14 @@ class SyntheticArguments:
     )
     min_length: int = field(default=32, metadata={"help": "Shortest source in training, in tokens."})
     max_length: int = field(default=64, metadata={"help": "Longest source in training, in tokens."})
-    query_scale_delta: float = field(default=1.0, metadata={"help": "Constant part of the query scale."})
+    query_scale_delta: float = field(
+        default=0.0, metadata={"help": "Constant part of the query scale, which does not grow with n."}
+    )
     query_scale_gamma_center: float = field(
         default=1.0, metadata={"help": "From which the exponent of log n starts; 0 as in the paper."}
     )
     query_scale_gamma_range: float = field(
-        default=1.0, metadata={"help": "How far it may go from there; at most its center: the scale can't fall with n."}
+        default=0.5, metadata={"help": "How far it may go from there; less than its center: the scale grows with n."}
     )
     lengths: list[int] = field(
         default_factory=lambda: [64, 128, 256, 512, 1024],

@@ -68,7 +68,9 @@ def expected_scale(module: QueryScale, hidden: Tensor, n: Tensor, delta: float, 
 
 
 @pytest.mark.parametrize("query_scaling", SCALED)
-@pytest.mark.parametrize(("delta", "c", "m"), [(1.0, 2.0, 0.0), (NEUTRAL_DELTA, 0.5, 0.0), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("delta", "c", "m"), [(1.0, 2.0, 0.0), (NEUTRAL_DELTA, 0.5, 0.0), (1.0, 1.0, 1.0), (0.0, 0.5, 1.0)]
+)
 def test_query_scale_equals_its_formula(query_scaling: str, delta: float, c: float, m: float) -> None:
     settings = {"query_scale_delta": delta, "query_scale_gamma_range": c, "query_scale_gamma_center": m}
     module = make(query_scaling, **settings)
@@ -86,6 +88,16 @@ def test_query_scale_never_falls_with_n_where_the_exponent_is_not_negative(query
     free, kept = (make(query_scaling, query_scale_gamma_center=m, query_scale_gamma_range=2.0 - m) for m in (0.0, 1.0))
     assert (free(hidden, n)[0].diff() < 0).any()
     assert (kept(hidden, n)[0].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("query_scaling", ["static", "adaptive"])
+def test_query_scale_without_a_constant_part_grows_between_two_powers_of_log_n(query_scaling: str) -> None:
+    settings = {"query_scale_delta": 0.0, "query_scale_gamma_center": 1.0, "query_scale_gamma_range": 0.5}
+    hidden, n = torch.randn(1, 1, HIDDEN).expand(1, 2, -1), torch.tensor([[91, 65_536]])
+    r = make(query_scaling, **settings)(hidden, n)[0]
+    growth, of_log_n = r[..., 1] / r[..., 0], math.log(65_537) / math.log(92)
+    assert (growth > of_log_n**0.5 - 1e-5).all()
+    assert (growth < of_log_n**1.5 + 1e-5).all()
 
 
 @pytest.mark.parametrize("query_scaling", SCALED)

@@ -187,7 +187,8 @@ def plot_learned_alpha(rows: Sequence[Row], path: str | os.PathLike[str], *, tit
     figure = new_figure(2.6 + max(3.0, 0.55 * heads), 1.6 + max(1.2, 0.4 * layers))
     axes = figure.add_subplot()
     grid = _grid(rows, "alpha", layers, heads)
-    low, high = math.floor(10 * float(grid.min())) / 10, math.ceil(10 * float(grid.max())) / 10
+    alphas = [row["alpha"] for row in rows]
+    low, high = math.floor(10 * min(alphas)) / 10, math.ceil(10 * max(alphas)) / 10
     image = _draw_grid(axes, grid, {"cmap": "cividis", "vmin": low, "vmax": high}, 2)
     axes.set(xlabel="head", ylabel="layer", title=title or "learned alpha")
     figure.colorbar(image, ax=axes, label="alpha")
@@ -208,6 +209,8 @@ def _draw_grid(axes: Any, grid: Tensor, look: dict[str, Any], digits: int) -> An
         for layer in range(layers):
             for head in range(heads):
                 value = float(grid[layer, head])
+                if math.isnan(value):  # a head that was cut, left white
+                    continue
                 red, green, blue, _ = image.cmap(image.norm(value))
                 shade = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
                 axes.text(head, layer, f"{value:.{digits}f}", ha="center", va="center", color=shade, fontsize=8)

@@ -34,6 +34,7 @@ from .methods import method_name
 from .options import option
 from .patching import patch_model
 from .positions import alibi_slopes
+from .pruning import zero_heads
 from .scale_fits import SCALE_LAWS, fit_scale, scale_points
 from .tasks import IGNORED, load_task, sample_batch
 
@@ -88,6 +89,7 @@ def run_analysis(args: AnalysisArguments) -> Iterator[str]:
         OSError: a file is missing.
     """
     names = _check(args)
+    cut: dict[str, list[tuple[int, int]]] = {}
     wanted = args.figures or [*FORMULA_FIGURES, *(MODEL_FIGURES if args.model else ())]
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +99,12 @@ def run_analysis(args: AnalysisArguments) -> Iterator[str]:
     maps: dict[str, dict[tuple[int, int], Tensor]] = {}
     for source, name in zip(args.model, names, strict=True):
         model = load_model(source, args.dtype, args.device)
+        cut[name] = cut_heads(model)
         if "map" in wanted:
             ids, _ = _sequences(source, args, args.map_length, 1)
-            maps[name] = attention_maps(model, ids.to(model.device), _chosen_heads(args.heads, model.config))
+            maps[name] = attention_maps(model, ids.to(model.device), _chosen_heads(args.heads, model.config, cut[name]))
         if set(wanted) & set(MODEL_FIGURES) - {"map"}:
-            own, own_scales = _measure(model, source, name, args)
+            own, own_scales = _measure(model, source, name, args, cut[name])
             rows, scales = rows + own, scales + own_scales
             pictures += _draw_model(model.config, name, own, own_scales, wanted, folder)
     pictures += [FORMULA_FIGURES[name](folder / f"{name}.png") for name in wanted if name in FORMULA_FIGURES]
@@ -112,12 +115,14 @@ def run_analysis(args: AnalysisArguments) -> Iterator[str]:
     if maps:
         pictures.append(plot_maps(maps, folder / "map.png"))
     formula = dispersion_rows() if "dispersion" in wanted else []
-    write_json(folder / "results.json", {"settings": asdict(args), "heads": rows, "scale": scales, "formula": formula})
+    results = {"settings": asdict(args), "cut": cut, "heads": rows, "scale": scales, "formula": formula}
+    write_json(folder / "results.json", results)
     if rows:
         tables = [summary_table(rows), *([scale_table(scales)] if scales else [])]
         text = "\n\n".join([*tables, heads_table(rows)])
         (folder / "results.md").write_text(text + "\n", encoding="utf-8")
         yield from tables
+    yield from (f"{name}: {len(heads)} heads are cut and left out" for name, heads in cut.items() if heads)
     yield f"written to {folder}: {', '.join(['results.json', *(['results.md'] if rows else [])])} and " + ", ".join(
         path.name for path in pictures
     )
@@ -190,8 +195,10 @@ def _sequences(source: str, args: AnalysisArguments, length: int, samples: int) 
     return torch.tensor(tokens[:needed]).view(samples, length), final
 
 
-def _measure(model: Any, source: str, name: str, args: AnalysisArguments) -> tuple[list[Row], list[Row]]:
-    """Rows by length, layer and head; and r against n with its fits at the longest length, by layer and head."""
+def _measure(
+    model: Any, source: str, name: str, args: AnalysisArguments, cut: list[tuple[int, int]]
+) -> tuple[list[Row], list[Row]]:
+    """Rows by length, layer and head; and r against n with its fits at the longest length. Heads cut are left out."""
     kinds = head_kinds(model.config)
     rows: list[Row] = []
     for length in sorted(set(args.lengths)):
@@ -201,12 +208,14 @@ def _measure(model: Any, source: str, name: str, args: AnalysisArguments) -> tup
             found = [attention_statistics(model, one[None].to(model.device), progress=bar.update) for one in ids]
         layers = [join_statistics(parts) for parts in zip(*found, strict=True)]
         about = {"model": name, "length": length}
-        rows += [about | {"kind": kinds[row["head"]]} | row for row in head_rows(layers, final)]
+        own = [row for row in head_rows(layers, final) if (row["layer"], row["head"]) not in cut]
+        rows += [about | {"kind": kinds[row["head"]]} | row for row in own]
     scales: list[Row] = []
     for number, layer in enumerate(layers if model.config.query_scaling != "none" else []):
         points = scale_points(layer.n, layer.query_scale)
         for head, kind in enumerate(kinds):
-            if kind != "ALiBi" or model.config.positions != "nape":  # NAPE scales the other heads only
+            unscaled = kind == "ALiBi" and model.config.positions == "nape"
+            if not unscaled and (number, head) not in cut:
                 n, r = points["n"], points["r"][head]
                 fits = fit_scale(torch.tensor(n), torch.tensor(r))
                 about = {"model": name, "layer": number, "head": head, "kind": kind}
@@ -222,10 +231,21 @@ def head_kinds(config: Any) -> list[str]:
     return ["ALiBi" if slope > 0 else "NoPE" for slope in slopes.tolist()]
 
 
-def _chosen_heads(names: Sequence[str], config: Any) -> list[tuple[int, int]]:
+def cut_heads(model: Any) -> list[tuple[int, int]]:
+    """Layer and number of each head that writes nothing (:func:`hf_asentmax.pruning.zero_heads`)."""
+    zero = zero_heads(model).items()
+    cut = [(model.get_submodule(name).layer_idx, head) for name, heads in zero for head in heads]
+    if len(cut) == model.config.num_hidden_layers * model.config.num_attention_heads:
+        raise ValueError(
+            f"model must have a head that writes something, got all {len(cut)} cut; give another checkpoint"
+        )
+    return cut
+
+
+def _chosen_heads(names: Sequence[str], config: Any, cut: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     everyone = [(i, j) for i in range(config.num_hidden_layers) for j in range(config.num_attention_heads)]
     if not names:
-        return spread_evenly(everyone, MAPS)
+        return spread_evenly([head for head in everyone if head not in cut] or everyone, MAPS)
     known = {f"{layer}:{head}": (layer, head) for layer, head in everyone}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"heads must be layer:head up to {list(known)[-1]}, got {unknown!r}; correct them")

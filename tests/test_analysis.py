@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,36 @@ def test_script_reads_texts_and_native_softmax_models(
     (row, *_) = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["heads"]
     assert (row["model"], row["kind"], row["support_size"], row["final_n"]) == ("softmax", "RoPE", 50.5, 68.5)
     assert "| softmax | 100 " in capsys.readouterr().out
+
+
+def test_heads_that_were_cut_are_left_out(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(heads: list[tuple[int, int]]) -> Path:
+        model = load_model(str(models / "learned"), device="cpu")
+        with torch.no_grad():
+            for layer, head in heads:
+                attention = model.model.layers[layer].self_attn
+                attention.o_proj.weight[:, head * attention.head_dim : (head + 1) * attention.head_dim] = 0
+        model.save_pretrained(tmp_path / "cut")
+        shutil.copy(models / "learned" / "task.json", tmp_path / "cut")
+        return tmp_path / "cut"
+
+    options = ["--lengths", 16, "--samples", 1, "--map_length", 12, "--output_dir", tmp_path / "out"]
+    figures = ["heads", "learned_alpha", "map", "sparsity", "model_dispersion"]
+    analyze(monkeypatch, "--model", models / "learned", *options, "--figures", *figures)
+    whole = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["heads"]
+    assert "cut and left out" not in capsys.readouterr().out
+    analyze(monkeypatch, "--model", cut([(1, 0), (1, 3)]), *options, "--figures", *figures)
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["cut"] == {"learned_alpha": [[1, 0], [1, 3]]}
+    assert "learned_alpha: 2 heads are cut and left out" in capsys.readouterr().out
+    first = [row for row in whole if row["layer"] == 0]
+    assert results["heads"][:4] == first  # what a cut head would have written is read in the second layer only
+    assert [(row["layer"], row["head"]) for row in results["heads"][4:]] == [(1, 1), (1, 2)]
+
+    with pytest.raises(SystemExit, match="all 8 cut"):
+        analyze(monkeypatch, "--model", cut([(i, j) for i in range(2) for j in range(4)]), *options)
 
 
 def test_script_measures_documents_at_their_ends(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

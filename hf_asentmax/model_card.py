@@ -156,7 +156,10 @@ def render_model_card(
         tags=list(TAGS),
     )
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
-    settings = [(label, config[key]) for key, label in _SETTINGS if config.get(key) not in (None, False)]
+    # 0 is a setting, as delta may be; what is not set, or switched off, is left out.
+    settings = [
+        (label, config[key]) for key, label in _SETTINGS if not (config.get(key) is None or config[key] is False)
+    ]
     card = ModelCard.from_template(
         card_data,
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),

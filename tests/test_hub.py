@@ -125,6 +125,15 @@ def test_card_holds_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
     assert "\n\n\n" not in text
 
 
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_card_tells_a_delta_of_zero(delta: float, tmp_path: Path) -> None:
+    config = ASEntmaxConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, query_scale_delta=delta)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).read_text(encoding="utf-8")
+    assert f"| delta | {delta} |" in text
+    assert "| alpha learned per head |" not in text
+
+
 def test_card_without_results_claims_none(checkpoint: Path) -> None:
     card = ModelCard.load(write_model_card(checkpoint))
     assert card.data.eval_results is None

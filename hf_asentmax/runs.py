@@ -132,8 +132,15 @@ def begin_run(args: TrainingArguments, *groups: Any) -> tuple[dict[str, Any], st
         The settings, and the checkpoint to go on from (None: none); both for `run_training`.
 
     Raises:
-        ValueError: as `claim_output_dir`, where another run lives in the folder.
+        ValueError: as `claim_output_dir`, where another run lives in the folder; or several processes were started that
+            the Trainer does not join.
     """
+    started = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if started > args.world_size:  # each would train by itself on the same rows, and write to the same folder
+        raise ValueError(
+            f"use_cpu must be True where processes are started without a GPU, got {args.use_cpu} in {started} of them; "
+            "add --use_cpu true"
+        )
     settings: dict[str, Any] = {}
     for group in groups:
         settings |= asdict(group)

@@ -19,7 +19,8 @@ from test_plots import png_size
 from hf_asentmax import analysis, patch_model
 from hf_asentmax.analysis import attention_maps, attention_statistics, head_rows, join_statistics
 from hf_asentmax.analysis_plots import plot_heads, plot_learned_alpha, plot_maps, plot_scale, spread_evenly
-from hf_asentmax.analysis_report import AnalysisArguments, head_kinds, load_model, run_analysis, summary_table
+from hf_asentmax.analysis_report import AnalysisArguments, head_kinds, load_model, run_analysis
+from hf_asentmax.analysis_tables import summary_table
 from hf_asentmax.formula_plots import FORMULA_FIGURES, _position_scores, dispersion_rows, normal_scores
 from hf_asentmax.scale_fits import LINEAR, LOG, POWER, SCALE_LAWS, fit_scale, scale_law, scale_points
 from hf_asentmax.tasks import build_task, sample_batch, save_task

@@ -78,6 +78,17 @@ def test_finetune_in_two_processes_equals_one(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "two", load_file(tmp_path / "one" / "model.safetensors"))
 
 
+def test_finetune_in_processes_that_the_trainer_does_not_join_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a GPU it joins them
+    model, data = write_model(tmp_path / "native"), write_texts(tmp_path / "a.jsonl", tiny_texts())
+    given = ["--model", model, "--data", data, "--sequence_length", "16", "--max_steps", "1"]
+    with pytest.raises(AssertionError, match="add --use_cpu true"):
+        two_processes(ROOT / "scripts" / "finetune.py", *given, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_fully_sharded_training_equals_one_process(tmp_path: Path) -> None:
     model = patch_model(tiny_model("llama"), alpha_learned=True)
     torch.nn.init.normal_(model.model.layers[0].self_attn.query_scale.beta.weight, std=0.1)

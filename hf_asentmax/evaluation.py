@@ -92,10 +92,20 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> lis
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a ladder or of `retrieve` as a Markdown table, with a note where one is needed."""
-    titles = {"method": "method", "seed": "seed", "length": "length", "depth": "depth", "accuracy": "accuracy, %"}
-    titles |= {"": "95 % interval", "token_accuracy": "answer tokens, %", "samples": "samples"}
+    """The rows of a ladder or of `retrieve` as a Markdown table, with a note where one is needed.
+
+    It names the models where several are of one method.
+    """
+    titles = {"method": "method", "model": "model", "seed": "seed", "length": "length", "depth": "depth"}
+    titles |= {
+        "accuracy": "accuracy, %",
+        "": "95 % interval",
+        "token_accuracy": "answer tokens, %",
+        "samples": "samples",
+    }
     columns = [name for name in titles if name == "" or name in rows[0]]
+    if len({(row["method"], row.get("model")) for row in rows}) == len({row["method"] for row in rows}):
+        columns = [name for name in columns if name != "model"]
     lines = [[titles[name] for name in columns]]
     for row in rows:
         cells = {name: str(row[name]) for name in columns if name}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from helpers import tiny_model
 from retrieval_setup import Reader
 
-from hf_asentmax.evaluation import results_table, wilson_interval
+from hf_asentmax.evaluation import result_row, results_table, wilson_interval
 from hf_asentmax.retrieval import retrieve
 
 
@@ -25,3 +26,14 @@ def test_results_table_notes_lengths_beyond_the_context() -> None:
     assert "max_position_embeddings" not in results_table(
         retrieve(reader, reader.tokenizer, "passkey", [400], samples=2)
     )
+
+
+def test_results_table_names_the_models_where_several_are_of_one_method() -> None:
+    row = result_row("sort", tiny_model("llama"), 0, 16, [True], 20)
+    rows = [row | {"model": name} for name in ("runs/a", "runs/b")]
+    table = results_table(rows)
+    assert "| softmax | runs/a |" in table
+    assert "| softmax | runs/b |" in table
+    named = results_table([row | {"method": name} for name, row in zip("ab", rows, strict=True)])
+    assert "model" not in named.partition("\n")[0]
+    assert results_table(rows[:1]) == results_table([row])

@@ -239,7 +239,7 @@ def cut_heads(model: Any) -> list[tuple[int, int]]:
 def _chosen_heads(names: Sequence[str], config: Any, cut: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     everyone = [(i, j) for i in range(config.num_hidden_layers) for j in range(config.num_attention_heads)]
     if not names:
-        return spread_evenly([head for head in everyone if head not in cut] or everyone, MAPS)
+        return spread_evenly([head for head in everyone if head not in cut], MAPS)
     known = {f"{layer}:{head}": (layer, head) for layer, head in everyone}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"heads must be layer:head up to {list(known)[-1]}, got {unknown!r}; correct them")

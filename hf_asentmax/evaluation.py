@@ -97,15 +97,11 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     It names the models where several are of one method.
     """
     titles = {"method": "method", "model": "model", "seed": "seed", "length": "length", "depth": "depth"}
-    titles |= {
-        "accuracy": "accuracy, %",
-        "": "95 % interval",
-        "token_accuracy": "answer tokens, %",
-        "samples": "samples",
-    }
-    columns = [name for name in titles if name == "" or name in rows[0]]
+    titles |= {"accuracy": "accuracy, %", "": "95 % interval", "token_accuracy": "answer tokens, %"}
+    titles["samples"] = "samples"
     if len({(row["method"], row.get("model")) for row in rows}) == len({row["method"] for row in rows}):
-        columns = [name for name in columns if name != "model"]
+        del titles["model"]
+    columns = [name for name in titles if name == "" or name in rows[0]]
     lines = [[titles[name] for name in columns]]
     for row in rows:
         cells = {name: str(row[name]) for name in columns if name}

@@ -156,10 +156,8 @@ def render_model_card(
         tags=list(TAGS),
     )
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
-    # 0 is a setting, as delta may be; what is not set, or switched off, is left out.
-    settings = [
-        (label, config[key]) for key, label in _SETTINGS if not (config.get(key) is None or config[key] is False)
-    ]
+    set_up = {key: value for key, value in config.items() if value is not None and value is not False}  # 0 is a setting
+    settings = [(label, set_up[key]) for key, label in _SETTINGS if key in set_up]
     card = ModelCard.from_template(
         card_data,
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),

@@ -96,7 +96,7 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     It names the models where several are of one method.
     """
-    titles = {"method": "method", "model": "model", "seed": "seed", "length": "length", "depth": "depth"}
+    titles = {"method": "method", "model": "model", "seed": "samples' seed", "length": "length", "depth": "depth"}
     titles |= {"accuracy": "accuracy, %", "": "95 % interval", "token_accuracy": "answer tokens, %"}
     titles["samples"] = "samples"
     if len({(row["method"], row.get("model")) for row in rows}) == len({row["method"] for row in rows}):

@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from .configuration_asentmax import auto_class
-from .validation import check_checkpoint
+from .tasks import SETTINGS_FILE, load_task
+from .validation import check_checkpoint, has_tokenizer
 
 PAPER = "2506.16640"
 TAGS = ["asentmax", "entmax", "sparse-attention", "long-context", f"arxiv:{PAPER}"]
@@ -113,7 +114,7 @@ def render_model_card(
     """The text of a model card.
 
     Args:
-        folder: a checkpoint of this package.
+        folder: a checkpoint of this package; the loading example is of its tokenizer, or else of its task.json.
         base_model: Hub id of the softmax model that this one was converted from.
         datasets: Hub ids of the training data. Data that is not on the Hub is told of in ``training``.
         results: measurements, each with ``method``, ``length`` (tokens) and a value under ``accuracy`` or under the
@@ -158,6 +159,8 @@ def render_model_card(
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
     set_up = {key: value for key, value in config.items() if value is not None and value is not False}  # 0 is a setting
     settings = [(label, set_up[key]) for key, label in _SETTINGS if key in set_up]
+    tokenizer = has_tokenizer(folder)
+    generated = not tokenizer and (Path(folder) / SETTINGS_FILE).is_file()
     card = ModelCard.from_template(
         card_data,
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),
@@ -165,6 +168,8 @@ def render_model_card(
         name=name or title,
         family=str(config["model_type"]).removeprefix("asentmax_"),
         auto_class=loader,
+        tokenizer=tokenizer,
+        task=load_task(None, folder) if generated else None,
         alpha=config["entmax_alpha"],
         scale_formula=_SCALE_FORMULAS[config["query_scaling"]],
         settings=[*settings, ("parameters", f"{count:,}")],

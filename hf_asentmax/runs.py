@@ -31,6 +31,7 @@ from .positions import POSITIONS
 from .scaling import QUERY_SCALINGS
 from .synthetic import TaskStream
 from .training import AlphaSchedule, ASEntmaxTrainer, current_alpha, is_asentmax
+from .validation import has_tokenizer
 
 # Settings that change nothing about the weights, and the Trainer's arguments that do.
 WITHOUT_INFLUENCE = ("eval_data", "eval_split", "max_eval_rows", "support_tokens", "resume")
@@ -314,4 +315,5 @@ def summary(results: dict[str, Any], output_dir: str) -> str:
     """The numbers of a run as a table, and where the rest is."""
     numbers = {name: value for name, value in results.items() if isinstance(value, (int, float))}
     lines = [f"{name:<14} {value:>12.5g}" for name, value in numbers.items()]
-    return "\n".join([*lines, f"model, tokenizer and results.json: {output_dir}"])
+    saved = "model, tokenizer" if has_tokenizer(output_dir) else "model"
+    return "\n".join([*lines, f"{saved} and results.json: {output_dir}"])

@@ -125,6 +125,11 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     return config, files
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a tokenizer was saved into the folder."""
+    return any(Path(folder).glob("tokenizer*"))
+
+
 def check_weights_fit(
     folder: str | os.PathLike[str],
     model: Any,

@@ -20,7 +20,8 @@ def test_wilson_interval_equals_published_values(correct: int, samples: int, low
 def test_results_table_notes_lengths_beyond_the_context() -> None:
     reader = Reader(limit=550)
     table = results_table(retrieve(reader, reader.tokenizer, "needle", [500, 1600], depths=[25], samples=2))
-    assert "| softmax |    0 |     500 |  25 % |       100.0 | 34.2 to 100.0 |       2 |" in table
+    assert "| softmax |             0 |     500 |  25 % |       100.0 | 34.2 to 100.0 |       2 |" in table
+    assert "| samples' seed |" in table  # not that of training
     assert "| 1,600 * |" in table
     assert table.endswith("config states (max_position_embeddings); not cut.")
     assert "max_position_embeddings" not in results_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,14 @@ from helpers import random_tokens, tiny_model
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from training_setup import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_asentmax
 from hf_asentmax import ASEntmaxConfig
 from hf_asentmax.hub import check_asentmax_checkpoint, plan_upload, push, write_model_card
+from hf_asentmax.synthetic import build_synthetic_model
+from hf_asentmax.tasks import TASKS, build_task, save_task
 
 WEIGHTS = "model.safetensors"
 
@@ -74,9 +78,11 @@ def test_card_is_of_the_model_s_class(head: str, pipeline: str, tmp_path: Path) 
     config = ASEntmaxConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
     auto = getattr(transformers, f"AutoModel{head}")
     auto.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     card = ModelCard.load(write_model_card(tmp_path))
     assert card.data.to_dict()["pipeline_tag"] == pipeline
     assert f"model = AutoModel{head}.from_pretrained(folder, trust_remote_code=True)" in card.text
+    assert "print(model(**inputs)[0].shape)" in card.text
     assert "generate" not in card.text
 
 
@@ -123,6 +129,29 @@ def test_card_holds_what_was_measured(checkpoint: Path, tmp_path: Path) -> None:
     assert "Trained on a laptop." in text
     assert "https://arxiv.org/abs/2506.16640" in text
     assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_card_of_a_generated_task_has_an_example_that_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = build_task(name)
+    build_synthetic_model(task, "asentmax", sizes=(1, 32, 2, 64)).save_pretrained(tmp_path)
+    save_task(task, tmp_path)
+    text = write_model_card(tmp_path, name=str(tmp_path)).read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(example, {})
+    assert capsys.readouterr().out in ("True\n", "False\n")
+    assert "\n\n\n" not in text
+
+
+def test_card_asks_whether_there_is_a_tokenizer(checkpoint: Path) -> None:
+    assert "okenizer" not in write_model_card(checkpoint).read_text(encoding="utf-8")
+    tiny_tokenizer().save_pretrained(checkpoint)
+    save_task(build_task("copy"), checkpoint)  # as the demo's: the tokenizer writes the task's symbols
+    text = write_model_card(checkpoint).read_text(encoding="utf-8")
+    assert "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)" in text
+    assert "no tokenizer" not in text
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.5])

@@ -123,6 +123,7 @@ def test_finetune_run_again_when_finished_trains_no_further(
     assert results["entmax_alpha"] == 1.5
     assert {"support_size", "zero_share", "eval_loss", "loss", "train_loss", "settings", "log"} <= set(results)
     assert "perplexity" in table
+    assert f"\nmodel, tokenizer and results.json: {tmp_path}\n" in table
     with pytest.raises(ValueError, match=r"learning_rate '0\.01' then, '0\.02' now"):
         run(monkeypatch, [*arguments, "--learning_rate", "2e-2"])
 

@@ -136,10 +136,13 @@ def test_synthetic_models_refuse_an_unknown_family() -> None:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-def test_train_synthetic_trains_every_task(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_synthetic_trains_every_task(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lengths = ("--min_length", "32", "--max_length", "40", "--lengths", "40")
     results = train(tmp_path, "--task", task, "--max_steps", "5", *lengths, monkeypatch=monkeypatch)
     assert results["steps"] == 5
+    assert f"\nmodel and results.json: {tmp_path}\n" in capsys.readouterr().out  # there is no tokenizer
     assert load_task(task, tmp_path) == build_task(task)
     rows = json.loads((tmp_path / "validation" / "results.json").read_text())
     assert [row["length"] for row in rows] == [40]

@@ -160,7 +160,7 @@ def render_model_card(
     set_up = {key: value for key, value in config.items() if value is not None and value is not False}  # 0 is a setting
     settings = [(label, set_up[key]) for key, label in _SETTINGS if key in set_up]
     tokenizer = has_tokenizer(folder)
-    generated = not tokenizer and (Path(folder) / SETTINGS_FILE).is_file()
+    task = load_task(None, folder) if not tokenizer and (Path(folder) / SETTINGS_FILE).is_file() else None
     card = ModelCard.from_template(
         card_data,
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),
@@ -169,7 +169,7 @@ def render_model_card(
         family=str(config["model_type"]).removeprefix("asentmax_"),
         auto_class=loader,
         tokenizer=tokenizer,
-        task=load_task(None, folder) if generated else None,
+        task=task,
         alpha=config["entmax_alpha"],
         scale_formula=_SCALE_FORMULAS[config["query_scaling"]],
         settings=[*settings, ("parameters", f"{count:,}")],

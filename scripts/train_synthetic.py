@@ -1,18 +1,21 @@
 """Train any method on a generated task from scratch, and show how far beyond its training length it holds.
 
-The data are drawn on the device that trains, without files. A killed run goes on from its last complete checkpoint when
-the same command is given again. --output_dir gets the model, task.json, results.json and the ladder of the validation
-stream: choose settings by that. The test stream is for scripts/evaluate_synthetic.py, once.
+The data are drawn on the device that trains, without files. A task's defaults are the recipe that docs/recipe-log.md
+arrived at; --task with --help shows them. A killed run goes on from its last complete checkpoint when the same command
+is given again. --output_dir gets the model, task.json, results.json and the ladder of the validation stream: choose
+settings by that. The test stream is for scripts/evaluate_synthetic.py, once.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -28,9 +31,31 @@ from hf_asentmax.synthetic import TaskStream, build_synthetic_model
 from hf_asentmax.tasks import TASKS, RetrievalTask, build_task, save_task
 
 PRUNING_BATCHES = 8  # that tell which heads a model needs
+# The defaults of every task, and what a recipe has in place of them.
+DEFAULTS: dict[str, Any] = {
+    "positions": "nape",
+    "max_steps": 26000,
+    "per_device_train_batch_size": 1024,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 300,
+    "adam_beta2": 0.99,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "mqmtar": {"prune_tolerance": 1e-5},
+    "reverse": {
+        "family": "gemma2",
+        "query_scale_delta": 1.0,
+        "query_scale_gamma_range": 1.0,
+        "per_device_train_batch_size": 256,
+        "max_steps": 24000,
+        "learning_rate": 4e-4,
+        "prune_tolerance": 1e-5,
+    },
+}
 EXAMPLE = """
 examples:
-  the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --bf16 --torch_compile --prune_tolerance 1e-5
+  the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
   a twin of another method:           ... --attention softmax --output_dir runs/softmax
   its test ladder, once:              python scripts/evaluate_synthetic.py --model runs/synthetic --bf16
 """
@@ -70,18 +95,18 @@ class SyntheticArguments:
         metadata={"help": "Sources of the ladder; the validation stream goes to 16 times the training length."},
     )
     samples: int = field(default=1000, metadata={"help": "Samples a length: 1000 leave +-3 points."})
-    prune_tolerance: float | None = field(
-        default=None,
+    prune_tolerance: float = field(
+        default=0.0,
         metadata={
             "help": "After half of the steps zero, for good, the heads that the model does not need: how far the loss "
-            "of further batches may rise, in nats a token. Such heads may do harm beyond the training length."
+            "of further batches may rise, in nats a token; 0 keeps all. They may do harm beyond the training length."
         },
     )
 
     def __post_init__(self) -> None:
         if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
             raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
-        if self.prune_tolerance is not None and not 0 <= self.prune_tolerance < math.inf:
+        if not 0 <= self.prune_tolerance < math.inf:
             raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 1e-5")
 
 
@@ -101,6 +126,13 @@ def pruning_loss(
     return loss
 
 
+def named_task() -> str:
+    """The task on the command line, on which the other defaults depend."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default=SyntheticArguments.task)
+    return parser.parse_known_args()[0].task
+
+
 def main() -> None:
     parser = HfArgumentParser(
         (SyntheticArguments, RunArguments, TrainingArguments),  # type: ignore[arg-type]
@@ -109,9 +141,8 @@ def main() -> None:
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(output_dir="runs/synthetic", logging_steps=100, save_steps=1000, save_total_limit=2)
-    parser.set_defaults(positions="nape", max_steps=26000, per_device_train_batch_size=1024, learning_rate=5e-4)
-    parser.set_defaults(lr_scheduler_type="linear", warmup_steps=300, adam_beta2=0.99, report_to="none")
-    parser.set_defaults(logging_nan_inf_filter=False)  # it waits for the device at every step
+    parser.set_defaults(logging_nan_inf_filter=False, report_to="none")  # the filter waits for the device at every step
+    parser.set_defaults(**DEFAULTS | RECIPES.get(named_task(), {}))
     choice, run, args = parser.parse_args_into_dataclasses()
 
     task = build_task(choice.task, **json.loads(choice.task_options or "{}"))
@@ -143,7 +174,7 @@ def main() -> None:
         processes=args.world_size,
     )
     callbacks = []
-    if choice.prune_tolerance is not None:
+    if choice.prune_tolerance:
         loss = pruning_loss(task, (choice.min_length, choice.max_length), args)
         callbacks.append(PruneHeads(loss, tolerance=choice.prune_tolerance))
     results = run_training(
@@ -163,7 +194,7 @@ def main() -> None:
             model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation"
         )
     if args.process_index == 0:
-        if choice.prune_tolerance is not None:
+        if choice.prune_tolerance:
             write_json(Path(args.output_dir) / "results.json", results | {"pruned_heads": zero_heads(model)})
         save_task(task, args.output_dir)
         folder = Path(args.output_dir) / "validation"

@@ -168,6 +168,20 @@ def test_the_recipe_for_mqmtar_in_miniature(tmp_path: Path, monkeypatch: pytest.
     assert results["loss"] < 0.15  # 0.6 for a model that knows what an answer looks like and no more
 
 
+def test_train_synthetic_begins_from_the_recipe_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(name: str, *options: str) -> dict[str, Any]:
+        lengths = ("--min_length", "32", "--max_length", "40", "--lengths", "40", "--max_steps", "2")
+        found = train(tmp_path / name, *lengths, *options, monkeypatch=monkeypatch)["settings"]
+        return {name: found[name] for name in ("family", "learning_rate", "prune_tolerance")}
+
+    reverse = {"family": "gemma2", "learning_rate": "0.0004", "prune_tolerance": 1e-5}
+    assert used("reverse", "--task", "reverse") == reverse
+    assert used("own", "--task=reverse", "--family", "llama") == reverse | {"family": "llama"}
+    assert used("copy", "--task", "copy") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 0.0}
+    assert used("default") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 1e-5}  # MQMTAR's
+    assert set(runpy.run_path(str(SCRIPT))["RECIPES"]) <= set(TASKS)
+
+
 def test_train_synthetic_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--task", "copy", "--max_steps", "20", "--save_steps", "10", "--seed", "3", "--alpha_start", "1")
     train(tmp_path / "whole", *options, monkeypatch=monkeypatch)

@@ -23,6 +23,7 @@ from hf_asentmax import entmax_attention
 from hf_asentmax.analysis import attention_support
 from hf_asentmax.benchmark.cases import benchmark_case
 from hf_asentmax.benchmark.command import BenchmarkArguments
+from hf_asentmax.benchmark.decoding import DecodeCase, benchmark_decoding
 from hf_asentmax.benchmark.generation import CACHES, GenerationCase, benchmark_generation
 from hf_asentmax.benchmark.implementations import (
     IMPLEMENTATIONS,
@@ -35,7 +36,7 @@ from hf_asentmax.benchmark.implementations import (
 )
 from hf_asentmax.benchmark.inputs import BAND, BLOCK, CASES, Case, make_inputs, measure_support
 from hf_asentmax.benchmark.models import SIZES, ModelCase, benchmark_model, build_model, model_support
-from hf_asentmax.benchmark.report import crossings, generation_table
+from hf_asentmax.benchmark.report import crossings, decoding_table, generation_table
 from hf_asentmax.ops import reference
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmark_attention.py"
@@ -83,6 +84,26 @@ def test_inputs_follow_the_seed() -> None:
     for x, same, different in zip(first, again, other, strict=True):
         assert torch.equal(x, same)
         assert not torch.equal(x, different)
+
+
+@pytest.mark.parametrize("pattern", ["topics", "sink_band"])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_last_queries_alone_ask_as_they_do_among_all(queries: int, pattern: str) -> None:
+    case = Case("case", 8, 8, 2, 1000, 32, 0.3, pattern)
+
+    def support(count: int | None) -> tuple[float, float]:
+        """Keys with a weight, and the share of blocks with one, of the last queries."""
+        query, key, value, grad = make_inputs(case, seed=0, device=CPU, queries=count)
+        assert query.shape == grad.shape == (8, 8, count or 1000, 32)
+        assert key.shape == value.shape == (8, 2, 1000, 32)
+        last = torch.arange(1000 - queries + 1, 1001, dtype=torch.int32)[None]
+        query, key = query[:, :, -queries:].float(), key.float()
+        weights = reference.attention_weights(query, key, torch.zeros_like(last), last, None, None, 1.5, 32**-0.5) > 0
+        blocks = F.pad(weights, (0, -1000 % BLOCK)).unflatten(-1, (-1, BLOCK)).any(-1)
+        return weights.sum(-1).float().mean().item(), blocks.float().mean().item()
+
+    for found, expected in zip(support(queries), support(None), strict=True):
+        assert found == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +257,24 @@ def test_script_measures_keeps_and_draws(
     assert png_size(tmp_path / "benchmark.png")[0] > 1500
 
 
+def test_script_times_decoding_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script(monkeypatch, "--device", "cpu", "--decode", 64, 200, "--batch", 2, "--output_dir", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["decoding"]
+    names = ["decode_2x64", "decode_2x64_ragged", "decode_2x200", "decode_2x200_ragged"]
+    assert list(dict.fromkeys(row["case"] for row in rows)) == names
+    assert {row["status"] for row in rows} == {"ok"}
+    assert capsys.readouterr().out.count("| asentmax ") == 4
+    assert "us, as a graph" in (tmp_path / "results.md").read_text()
+
+
 def test_script_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="error: device must be .* an NVIDIA GPU, .* --plot"):
         run_script(monkeypatch, "--output_dir", tmp_path)
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(SystemExit, match="error: .*results.json must hold runs, rows, models, generation"):
+    with pytest.raises(SystemExit, match="error: .*results.json must hold runs and rows"):
         run_script(monkeypatch, "--plot", tmp_path / "results.json")
     with pytest.raises(SystemExit, match="error: results must hold a timed sweep"):
         run_script(monkeypatch, "--plot", tmp_path / "none.json")
@@ -277,6 +310,29 @@ def test_generation_is_timed_token_by_token(attention: str, cache: str) -> None:
     assert (row["support"] is None) == (attention == "softmax_sdpa")
     cells = generation_table([row | {"run": 0}]).splitlines()[-1].split("|")
     assert [cell.strip() for cell in cells[1:4]] == [attention, "96", cache]
+
+
+def test_decoding_steps_are_checked_and_timed() -> None:
+    case = DecodeCase(2, 300, ragged=True)
+    chosen = [IMPLEMENTATIONS[name] for name in ("asentmax", "sdpa_math", "sdpa_flash", "adasplash")]
+    rows = [row | {"run": 0} for row in benchmark_decoding(case, chosen, seed=0, device=CPU)]
+    assert [row["status"].split(":")[0] for row in rows] == ["ok", "ok", "left out", "left out"]
+    assert all(row["wall"]["low"] > 0 for row in rows[:2])
+    query, key, *_ = make_inputs(case.inputs, seed=0, device=CPU, queries=1)
+    first, last = torch.tensor([[0], [150]], dtype=torch.int32), torch.tensor([[300]] * 2, dtype=torch.int32)
+    weights = reference.attention_weights(query.float(), key.float(), first, last, None, None, 1.5, 128**-0.5)
+    tiles = F.max_pool1d(F.pad(weights.unflatten(1, (8, 4))[..., 0, :].amax(2).flatten(0, 1), (0, 20)), BLOCK).gt(0)
+    assert rows[0]["support"] == pytest.approx(tiles.sum().item() / (8 * 5 + 8 * 3))  # 150 keys before 2 * 64 + 22
+    lines = decoding_table(rows).splitlines()
+    assert [line.split("|")[5].strip() for line in lines[2:]] == [x.name for x in chosen]
+    assert "takes no padding" in lines[4]
+
+
+def test_decoding_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: query)
+    (row,) = benchmark_decoding(DecodeCase(1, 128), [IMPLEMENTATIONS["sdpa_math"]], seed=0, device=CPU)
+    assert row["status"].startswith("wrong: relative error of output")
+    assert "wall" not in row
 
 
 @pytest.mark.parametrize(

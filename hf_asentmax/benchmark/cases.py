@@ -70,7 +70,7 @@ def benchmark_case(
                     if not compile_only:
                         running.append((implementation, passes, row))
         except Exception as error:  # whatever a peer raises, from assert to the compiler, is its result
-            row["status"] = _failure(error)
+            row["status"] = failure(error)
         _release(device)
     del expected
     _release(device)
@@ -108,7 +108,7 @@ def _time_in_turns(running: list[tuple[Implementation, Any, dict[str, Any]]], de
                             row[name]["wall"] = summary(wall_times(function))
                             row[name] |= _graph(function, device, name)
             except Exception as error:  # as above
-                row["status"] = _failure(error)
+                row["status"] = failure(error)
 
 
 def _graph(function: Any, device: torch.device, name: str) -> dict[str, Any]:
@@ -118,10 +118,10 @@ def _graph(function: Any, device: torch.device, name: str) -> dict[str, Any]:
         return {"graph": summary(graph_times(function, device))}
     except Exception as error:  # a peer that a graph can't capture is timed without one
         torch.cuda.synchronize()
-        return {"graph": None, "graph_failure": _failure(error)}
+        return {"graph": None, "graph_failure": failure(error)}
 
 
-def _failure(error: Exception) -> str:
+def failure(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"failed: {type(error).__name__}: {lines[0][:200] if lines else ''}"
 

@@ -20,15 +20,16 @@ from tqdm.auto import tqdm
 from ..checkpoints import write_json
 from ..options import option
 from .cases import benchmark_case
+from .decoding import DecodeCase, benchmark_decoding
 from .generation import CACHES, GenerationCase, benchmark_generation
 from .implementations import IMPLEMENTATIONS
 from .inputs import CASES, PATTERNS, Case
 from .models import ATTENTIONS, SETTINGS, ModelCase, benchmark_model
-from .report import OURS, case_table, generation_table, models_table, plot_benchmark, tables
+from .report import OURS, case_table, decoding_table, generation_table, models_table, plot_benchmark, tables
 
 SWEEPS = ("lengths", "sparsity")
 TARGETS = tuple(name for name in CASES if name != "huge")
-KEPT = ("runs", "rows", "models", "generation")  # what results.json holds
+KEPT = ("runs", "rows", "decoding", "models", "generation")  # what results.json holds
 DEFAULTS = {
     "cuda": [name for name in IMPLEMENTATIONS if name != "sdpa_math"],
     "cpu": ["asentmax", "sdpa_math"],
@@ -37,7 +38,7 @@ DEFAULTS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure. Without --cases, --sweep, --models, --generation and --plot: all cases."""
+    """What to measure. Without --cases, --sweep, --decode, --models, --generation and --plot: all cases."""
 
     cases: list[str] = option(
         [],
@@ -48,6 +49,11 @@ class BenchmarkArguments:
     nape: bool = option(False, "Time each of --cases again with ALiBi slopes on the first half of the heads (NAPE).")
     sweep: list[str] = option(
         [], "'lengths': time against N; 'sparsity': ratios against block sparsity; of the custom case.", SWEEPS
+    )
+    decode: list[int] = option(
+        [],
+        "Keys in the cache, such as 4096 65536 262144: time one decoding step of --batch sequences, 32 heads (8 "
+        "key/value) of 128; more than one sequence also padded on the left, ragged.",
     )
     models: bool = option(
         False, "Training tokens/s of a 120M Llama: ASEntmax with NAPE and with RoPE, and softmax with SDPA."
@@ -71,7 +77,7 @@ class BenchmarkArguments:
         "--models on 'fresh' weights and random tokens (nearly dense), or on 'topics' (of --block_sparsity).",
         SETTINGS,
     )
-    batch: int = option(1, "Custom case: sequences.")
+    batch: int = option(1, "Custom case, --decode: sequences.")
     heads: int = option(8, "Custom case: query heads.")
     kv_heads: int = option(8, "Custom case: key/value heads.")
     tokens: int = option(32768, "Custom case: tokens N.")
@@ -94,7 +100,7 @@ class BenchmarkArguments:
     def chosen_cases(self) -> list[Case]:
         """The attention cases in order: the named ones, each followed by its twin with slopes, then the sweeps."""
         sizes = (self.batch, self.heads, self.kv_heads, self.tokens, self.head_dim, self.block_sparsity, self.pattern)
-        nothing = not (self.cases or self.sweep or self.models or self.generation)
+        nothing = not (self.cases or self.sweep or self.decode or self.models or self.generation)
         names = [each for name in self.cases or (["all"] if nothing else []) for each in _named(name)]
         cases = [Case("custom", *sizes) if name == "custom" else CASES[name] for name in dict.fromkeys(names)]
         if self.nape:
@@ -104,6 +110,13 @@ class BenchmarkArguments:
         if "sparsity" in self.sweep:
             cases += [Case(f"sparsity_{share:g}", *sizes[:5], share, self.pattern) for share in self.sparsities]
         return cases
+
+    def chosen_decoding(self) -> list[DecodeCase]:
+        """The decoding steps in order."""
+        padding = (False, True) if self.batch > 1 else (False,)
+        return [
+            DecodeCase(self.batch, keys, ragged) for keys in self.decode for ragged in padding if not self.compile_only
+        ]
 
     def chosen_models(self) -> list[ModelCase]:
         """The whole-model cases in order."""
@@ -171,6 +184,13 @@ def run_benchmark(args: BenchmarkArguments) -> Iterator[str]:
             _write(results, path)
         bad += [case.name for row in rows if row["implementation"] == OURS and row["status"] != "ok"]
         yield case_table(rows, results["rows"])
+    for step in tqdm(args.chosen_decoding(), desc="decoding", unit="case", disable=not args.decode):
+        rows = benchmark_decoding(step, chosen, seed=args.seed, device=device, dtype=getattr(torch, args.dtype))
+        rows = [row | {"run": len(results["runs"]) - 1} for row in rows]
+        _replace(results["decoding"], rows)
+        _write(results, path)
+        bad += [step.name for row in rows if row["implementation"] == OURS and row["status"] != "ok"]
+        yield decoding_table(rows)
     for model in tqdm(models, desc="models", unit="model", disable=not models):
         row = benchmark_model(model, seed=args.seed, device=device) | {"run": len(results["runs"]) - 1}
         _replace(results["models"], [row])
@@ -215,9 +235,9 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got {error}; remove it or name another folder") from error
-    if not isinstance(results, dict) or not set(KEPT) <= set(results):
-        raise ValueError(f"{path} must hold {', '.join(KEPT)}, got something else; name another folder")
-    return results
+    if not isinstance(results, dict) or not {"runs", "rows"} <= set(results):
+        raise ValueError(f"{path} must hold runs and rows, got something else; name another folder")
+    return {name: [] for name in KEPT} | results
 
 
 def _replace(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:

@@ -106,15 +106,18 @@ CASES = {
 
 
 def make_inputs(
-    case: Case, *, seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    case: Case, *, seed: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, queries: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query (B, H, N, D), key and value (B, H_kv, N, D) and a gradient of the output (B, H, N, D), all random.
+    """Query (B, H, T, D), key and value (B, H_kv, N, D) and a gradient of the output (B, H, T, D), all random.
 
-    The same seed gives the same tensors on the same kind of device.
+    T is N, or ``queries``: those of the last tokens. The same seed gives the same tensors on the same kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads, kv_heads, tokens, dim = case.batch, case.heads, case.kv_heads, case.tokens, case.head_dim
     blocks = math.ceil(tokens / BLOCK)
+
+    first = 0 if queries is None else tokens - queries  # token that asks
+    asking = range(first // BLOCK, blocks)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -129,9 +132,9 @@ def make_inputs(
     key_topic = torch.randint(topics, shape, generator=generator, device=device)
     blank = torch.rand(shape, generator=generator, device=device) >= topics * share
     blank[..., 0] = False
-    visible = (~blank[..., None, :] & blank.new_ones(blocks, blocks).tril()).float()
+    visible = (~blank[..., None, :] & blank.new_ones(len(asking), blocks).tril(asking.start)).float()
     picked = visible.repeat_interleave(heads // kv_heads, 1).flatten(0, 2).multinomial(1, generator=generator)
-    wanted = key_topic.repeat_interleave(heads // kv_heads, 1).gather(-1, picked.view(batch, heads, blocks))
+    wanted = key_topic.repeat_interleave(heads // kv_heads, 1).gather(-1, picked.view(batch, heads, len(asking)))
 
     noise_dims, pairs = dim // 2, dim // 8
     topic_dims = dim - noise_dims if case.pattern == "topics" else dim - noise_dims - 1 - 2 * pairs
@@ -140,22 +143,23 @@ def make_inputs(
     codes = torch.linalg.qr(codes.T)[0].T if topics <= topic_dims else codes / codes.norm(dim=-1, keepdim=True)
     codes = codes * gain(TOPIC_SCORE[case.pattern])
 
-    def spread(x: Tensor) -> Tensor:
-        return x.repeat_interleave(BLOCK, 2)[:, :, :tokens]
+    def spread(x: Tensor, start: int = 0) -> Tensor:
+        """From blocks to their tokens, from one of them on."""
+        return x.repeat_interleave(BLOCK, 2)[:, :, start % BLOCK : tokens - start // BLOCK * BLOCK]
 
     spacing = gain(NOISE) / noise_dims**0.25
-    query = [normal(batch, heads, tokens, noise_dims) * spacing, spread(codes[wanted])]
+    query = [normal(batch, heads, tokens - first, noise_dims) * spacing, spread(codes[wanted], first)]
     key = [normal(batch, kv_heads, tokens, noise_dims) * spacing, spread(codes[key_topic] * ~blank[..., None])]
     if case.pattern == "sink_band":
         near = _nearness(tokens, pairs, device) * gain(TOPIC_SCORE[case.pattern])
         local = (torch.arange(tokens, device=device) % 2).float()[:, None]
         sink = (torch.arange(tokens, device=device) < SINKS).float()[:, None]
-        query[1] = query[1] * (1 - local)
+        query[1] = query[1] * (1 - local[first:])
         key[1] = key[1] * (1 - sink)
         constant = torch.full_like(sink, gain(SINK_SCORE))
-        query += [(near * local).expand(batch, heads, -1, -1), constant.expand(batch, heads, -1, -1)]
+        query += [x[first:].expand(batch, heads, -1, -1) for x in (near * local, constant)]
         key += [(near * (1 - sink)).expand(batch, kv_heads, -1, -1), (constant * sink).expand(batch, kv_heads, -1, -1)]
-    value, grad = normal(batch, kv_heads, tokens, dim), normal(batch, heads, tokens, dim)
+    value, grad = normal(batch, kv_heads, tokens, dim), normal(batch, heads, tokens - first, dim)
     return torch.cat(query, -1).to(dtype), torch.cat(key, -1).to(dtype), value.to(dtype), grad.to(dtype)
 
 

@@ -141,6 +141,29 @@ def generation_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(markdown_table([*header, "block sparsity"], lines))
 
 
+def decoding_table(rows: list[dict[str, Any]]) -> str:
+    """Decoding steps as Markdown: median times in us (10 to 90 %), replayed as a CUDA graph and called one by one, and
+    their ratios to ours."""
+
+    def times(row: dict[str, Any], name: str) -> list[str]:
+        if row["status"] != "ok" or name not in row:
+            return ["", ""]
+        median, low, high = (1e3 * row[name][which] for which in ("median", "low", "high"))
+        return [f"{median:.0f} ({low:.0f}-{high:.0f})", _ratio(row[name]["median"], _median(_ours(row, rows), name))]
+
+    lines = []
+    for row in rows:
+        case = row["settings"]
+        padded = "ragged" if case["ragged"] else ""
+        values = "" if row["support"] is None else f"{100 * row['support']:.1f} %"
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        note = "" if row["status"] == "ok" else row["status"]
+        line = [f"{case['batch']}", f"{case['keys']:,}", padded, values, row["implementation"], error]
+        lines.append([*line, *times(row, "graph"), *times(row, "wall"), note])
+    header = ["batch", "keys", "padding", "values read", "implementation", "error", "us, as a graph", "/ ours"]
+    return "\n".join(markdown_table([*header, "us, called", "/ ours", "note"], lines))
+
+
 def tables(results: dict[str, Any]) -> str:
     """Every table, and the runs they come from."""
     parts = []
@@ -148,6 +171,8 @@ def tables(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {value}" for name, value in run["versions"].items())
         parts.append(f"run {number}: {run['device']}, {run['dtype']}, seed {run['seed']}, {versions}\n{run['command']}")
     parts += [case_table(group, results["rows"]) for group in _groups(results["rows"])]
+    if results["decoding"]:
+        parts.append(decoding_table(results["decoding"]))
     if results["models"]:
         parts.append(models_table(results["models"]))
     if results["generation"]:

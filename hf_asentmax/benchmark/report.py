@@ -155,7 +155,7 @@ def decoding_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         case = row["settings"]
         padded = "ragged" if case["ragged"] else ""
-        values = "" if row["support"] is None else f"{100 * row['support']:.1f} %"
+        values = f"{100 * row['support']:.1f} %"
         error = f"{row['error']:.1e}" if "error" in row else ""
         note = "" if row["status"] == "ok" else row["status"]
         line = [f"{case['batch']}", f"{case['keys']:,}", padded, values, row["implementation"], error]

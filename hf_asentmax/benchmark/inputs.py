@@ -115,7 +115,6 @@ def make_inputs(
     generator = torch.Generator(device).manual_seed(seed)
     batch, heads, kv_heads, tokens, dim = case.batch, case.heads, case.kv_heads, case.tokens, case.head_dim
     blocks = math.ceil(tokens / BLOCK)
-
     first = 0 if queries is None else tokens - queries  # token that asks
     asking = range(first // BLOCK, blocks)
 

@@ -43,6 +43,12 @@ DEFAULTS: dict[str, Any] = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "mqmtar": {"prune_tolerance": 1e-5},
+    "copy": {
+        "family": "gemma2",
+        "per_device_train_batch_size": 256,
+        "max_steps": 36000,
+        "learning_rate": 4e-4,
+    },
     "reverse": {
         "family": "gemma2",
         "query_scale_delta": 1.0,

@@ -177,7 +177,7 @@ def test_train_synthetic_begins_from_the_recipe_of_the_task(tmp_path: Path, monk
     reverse = {"family": "gemma2", "learning_rate": "0.0004", "prune_tolerance": 1e-5}
     assert used("reverse", "--task", "reverse") == reverse
     assert used("own", "--task=reverse", "--family", "llama") == reverse | {"family": "llama"}
-    assert used("copy", "--task", "copy") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 0.0}
+    assert used("none", "--task", "two_back") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 0.0}
     assert used("default") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 1e-5}  # MQMTAR's
     assert set(runpy.run_path(str(SCRIPT))["RECIPES"]) <= set(TASKS)
 

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "length_63": {},
     "length_64": {"T": 64, "N": 64, "alpha": 1.3},
     "length_111": {"T": 111, "N": 111, "H": 1},
+    "length_170": {"T": 170, "N": 170, "scale": 1, "slopes": (0.0, 0.1)},
     "length_200": {"T": 200, "N": 200, "H": 1, "alpha": 2.0},
     "decode": {"T": 1, "N": 111, "scale": -1},
     "chunk_of_a_longer_text": {"T": 20, "N": 111, "scale": 1, "slopes": (0.0, 0.1)},

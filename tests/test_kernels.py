@@ -15,7 +15,7 @@ import triton.language as tl
 from dense_reference import dense_entmax, dense_scores
 from helpers import random_tokens, tiny_model
 from hypothesis import given, settings
-from kernel_cases import CASES, assert_equals_dense, assert_weights_are_right, build, exact, ints, run
+from kernel_cases import BASE, CASES, assert_equals_dense, assert_weights_are_right, build, exact, ints, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -28,7 +28,8 @@ from hf_asentmax import entmax_attention, patch_model
 from hf_asentmax.ops import operators, triton_backward, triton_candidates, triton_forward, triton_launch
 from hf_asentmax.ops.attention import attention_from_intervals
 from hf_asentmax.ops.triton_candidates import _raise_bound
-from hf_asentmax.ops.triton_launch import Config, launch
+from hf_asentmax.ops.triton_launch import Config, Problem, launch
+from hf_asentmax.ops.triton_short import LONGEST, serves_short
 
 OPS = torch.ops.hf_asentmax
 USES_KERNELS = operators.uses_kernels
@@ -36,6 +37,7 @@ USES_KERNELS = operators.uses_kernels
 # In float16 a tile is twice as wide as in float32, so what depends on tiles and dims. Not in bfloat16: interpreted, it
 # has no product of matrices.
 HALF_CASES = (
+    "length_170",
     "one_token",
     "length_63",
     "length_64",
@@ -63,6 +65,10 @@ HALF_CASES = (
     "scores_of_-1e4",
     "transposed_and_strided",
 )
+
+
+def keys(case: str) -> int:
+    return {**BASE, **CASES[case]}["N"]
 
 
 def serves(query: Tensor) -> bool:
@@ -93,6 +99,49 @@ def test_kernels_equal_the_dense_reference(case: str) -> None:
 def test_kernels_in_float16_equal_the_dense_reference(case: str) -> None:
     leaves, options = build(CASES[case], torch.float16)
     assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
+
+
+@pytest.mark.parametrize("case", [case for case in HALF_CASES if keys(case) <= max(LONGEST.values())])
+@pytest.mark.usefixtures("nan_in_empty")
+def test_kernels_of_long_sequences_in_float16_equal_the_dense_reference(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_forward, "serves_short", lambda problem: False)
+    leaves, options = build(CASES[case], torch.float16)
+    assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if keys(case) <= max(LONGEST.values())])
+@pytest.mark.usefixtures("nan_in_empty")
+def test_kernel_of_short_sequences_in_float32_equals_the_dense_reference(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_forward, "serves_short", lambda problem: True)
+    leaves, options = build(CASES[case], torch.float32)
+    assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "keys", "dim", "dtype", "short"),
+    [
+        (1.5, 256, 64, torch.bfloat16, True),
+        (1.5, 257, 64, torch.bfloat16, False),
+        (1.5, 256, 65, torch.float16, False),
+        (1.5, 64, 256, torch.float16, True),
+        (1.5, 64, 64, torch.float32, False),
+        (1.5, 0, 64, torch.float16, False),
+        (1.3, 128, 128, torch.float16, True),
+        (2.0, 129, 64, torch.float16, False),
+        (1.0, 64, 64, torch.float16, False),
+    ],
+)
+def test_one_pass_is_for_short_sequences(alpha: float, keys: int, dim: int, dtype: torch.dtype, short: bool) -> None:
+    k = torch.zeros(1, 1, keys, dim, dtype=dtype)
+    for queries in (1, 2):
+        intervals = torch.zeros(1, queries, dtype=torch.int32)
+        q = torch.zeros(1, 1, queries, dim, dtype=dtype)
+        problem = Problem(q, k, k, intervals, intervals, None, None, None, alpha, 1.0)
+        assert serves_short(problem) is (short and queries > 1)
 
 
 @pytest.mark.usefixtures("nan_in_empty")
@@ -153,8 +202,11 @@ def test_kernels_weights_have_mass_1_and_the_exact_support(problem: tuple[dict[s
     with torch.no_grad():
         leaves["key"].mul_(factor)
         leaves["value"].copy_(torch.eye(case["N"]).expand_as(leaves["value"]))
-        weights = entmax_attention(**leaves, **options)
-    assert_weights_are_right(weights, leaves, options)
+    for short in (False, True):
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(triton_forward, "serves_short", lambda problem, short=short: short)
+            weights = entmax_attention(**leaves, **options)
+        assert_weights_are_right(weights, leaves, options)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0])

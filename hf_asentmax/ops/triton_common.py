@@ -162,6 +162,22 @@ def newton_step(mass, slope, e, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def normalized(threshold, mass, e, ALPHA: tl.constexpr):
+    """What gives weights of mass 1 in place of ``mass``: the threshold and the factor of ``y = norm z - threshold``."""
+    log_mass = tl.log(mass)
+    norm = tl.exp(-e * log_mass)
+    if ALPHA == 3:
+        norm = tl.full(mass.shape, 1.0, tl.float32)
+        threshold += log_mass
+    else:
+        threshold = threshold * norm
+    if ALPHA == 0:  # (1 + y) norm = 1 + y'
+        a = e * log_mass
+        threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)
+    return threshold, norm
+
+
+@triton.jit
 def below(ALPHA: tl.constexpr):
     """A row's threshold is at least its largest z less this."""
     if ALPHA == 0 or ALPHA == 3:

@@ -32,11 +32,13 @@ from .triton_common import (
     load_row_scale,
     load_tile,
     newton_step,
+    normalized,
     partial_sum,
     store_tile,
     weights,
 )
 from .triton_launch import SIZES, Config, Problem, launch
+from .triton_short import attend_short, serves_short
 
 _SOLVE = (Config(4, 2, {}, 96), Config(4, 2), Config(4, 1))  # the first for narrow heads
 _OUTPUT = (Config(4, 3, {}, 168), Config(4, 3), Config(4, 2), Config(4, 1))  # likewise
@@ -238,16 +240,7 @@ def _output_kernel(
                 mean = mean / tl.where(slopes > 0.0, slopes, 1.0)[:, None]
                 store_tile(mean_ptr + out_base, mean, tile_row * TILE, DIM_V, T, DIM_V, BLOCK_DIM_V, TILE)
             # For the backward: the factor that brings the mass to 1, and the threshold with it.
-            log_mass = tl.log(mass)
-            norm = tl.exp(-e * log_mass)
-            if ALPHA == 3:
-                norm = tl.full((TILE,), 1.0, tl.float32)
-                threshold += log_mass
-            else:
-                threshold = threshold * norm
-            if ALPHA == 0:  # (1 + y) norm = 1 + y'
-                a = e * log_mass
-                threshold += tl.where(tl.abs(a) < 0.01, a * (1.0 - a * (0.5 - a * (1.0 / 6.0))), 1.0 - norm)
+            threshold, norm = normalized(threshold, mass, e, ALPHA)
             tl.store(state, tl.where(visible, threshold, NOTHING), mask=rows < T)
             tl.store(state + 1, tl.where(visible, norm, 0.0), mask=rows < T)
 
@@ -262,6 +255,9 @@ def kernel_forward(problem: Problem, save: bool) -> tuple[Tensor, Tensor, Tensor
     state = torch.empty(B, H, T, 2, dtype=torch.float32, device=out.device)
     tiles = torch.zeros(x.tiles_shape, dtype=torch.int32, device=out.device)
     if out.numel() == 0:
+        return out, state, mean, tiles
+    if serves_short(x):
+        attend_short(x, out, mean, state, tiles)
         return out, state, mean, tiles
     mark_candidates(x, state, tiles)
     # Of each query tile: how many key tiles, and which.

@@ -82,7 +82,7 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 # Accuracy
 
-LENGTHS = (1, 17, 63, 64, 111, 1000, 4096)
+LENGTHS = (1, 17, 63, 64, 111, 200, 1000, 4096)
 VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "plain": (PLAIN, torch.bfloat16),
     "biased": (BIASED, torch.bfloat16),
@@ -182,9 +182,10 @@ HEAD_DIMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("keys", [60, 120, 1000])
 @pytest.mark.usefixtures("nan_in_empty")
-def test_kernels_gpu_equal_the_reference_at_every_head_dim(dims: str) -> None:
-    leaves, options = build({**HEAD_DIMS[dims], "H": 4, "K": 1, "T": 600, "N": 1000}, torch.bfloat16, "cuda")
+def test_kernels_gpu_equal_the_reference_at_every_head_dim(keys: int, dims: str) -> None:
+    leaves, options = build({**HEAD_DIMS[dims], "H": 4, "K": 1, "T": keys * 3 // 5, "N": keys}, torch.bfloat16, "cuda")
     assert_equals_reference(run(entmax_attention, leaves, options), leaves, options)
 
 
@@ -304,7 +305,8 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_kernels_gpu_do_not_compile_again_for_another_alpha_or_length(compilations: list[str]) -> None:
-    run(entmax_attention, *build({**EVERYTHING, "T": 1000, "N": 1000}, torch.bfloat16, "cuda"))
+    for length in (40, 1000):  # few keys have a kernel of their own
+        run(entmax_attention, *build({**EVERYTHING, "T": length, "N": length}, torch.bfloat16, "cuda"))
     compilations.clear()
     for alpha, length in ((1.1, 1000), (1.5, 1001), (2.0, 1024), (1.3, 2048), (1.3, 63), (1.3, 64), (1.3, 1)):
         run(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .masks import ATTENTION_NAME, asentmax_mask, check_intervals, separate_documents
+from .masks import ATTENTION_NAME, asentmax_mask, check_intervals, once, separate_documents
 from .ops import reference
 from .ops.attention import attention_from_intervals
 from .ops.baselines import adaptive_temperature_from_intervals, tempered_softmax, topk_from_intervals, topk_softmax
@@ -84,11 +84,11 @@ class ASEntmaxMixin(nn.Module):
         intervals = check_intervals(kwargs.get("attention_mask"), hidden_states)
         check = getattr(self, "layer_idx", 0) == 0 and not torch.compiler.is_compiling()
         intervals = kwargs["attention_mask"] = separate_documents(intervals, kwargs, check)
-        n = (intervals[..., 1] - intervals[..., 0])[:, 0]
+        n = once(intervals, "n", lambda: (intervals[..., 1] - intervals[..., 0])[:, 0])
         scale, alpha = self.query_scale(hidden_states, n)
         if self.config.positions != "rope":  # the identity rotation
             cos, sin = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+            kwargs["position_embeddings"] = once(cos, "identity", lambda: (torch.ones_like(cos), torch.zeros_like(sin)))
         if alpha is None and self.scheduled_alpha is not None:
             alpha = self.scheduled_alpha.to(hidden_states.device)
         if alpha is None:
@@ -125,12 +125,12 @@ class ASEntmaxMixin(nn.Module):
                 "and leave out arguments of other attention implementations"
             )
         alpha, scale = entmax_parameters
-        slopes = self._own_slopes(query)
-        if self.config.positions == "nape" and scale is not None and slopes is not None:
-            scale = torch.where(slopes[:, None] > 0, 1.0, scale)
+        slopes = self._own_slopes(query, attention_mask)
+        if slopes is not None and scale is not None and self.config.positions == "nape":
+            scale = scale.masked_fill(once(slopes, "biased", lambda: slopes[:, None] > 0), 1.0)
         if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
             query, key = query.to(value.dtype), key.to(value.dtype)
-        first, last = attention_mask[:, 0, :, 0].contiguous(), attention_mask[:, 0, :, 1].contiguous()
+        first, last = once(attention_mask, "ends", lambda: _ends(attention_mask))
         tensors = (query, key, value, first, last)
         settings: dict[str, Any] = {"scaling": scaling, "query_scale": scale, "alibi_slopes": slopes}
         top_k = self.config.attention_top_k
@@ -152,10 +152,10 @@ class ASEntmaxMixin(nn.Module):
             return out, None
         return out, _dense_weights(query, key, first, last, scale, slopes, weights, scaling)
 
-    def _own_slopes(self, query: Tensor) -> Tensor | None:
+    def _own_slopes(self, query: Tensor, attention_mask: Tensor) -> Tensor | None:
         """The slopes of the heads that are here: all, or this process's share of them under tensor parallelism."""
-        heads, here = self.config.num_attention_heads, query.shape[1]
-        slopes = alibi_slopes(self.config.positions, heads, query.device)
+        positions, heads, here = self.config.positions, self.config.num_attention_heads, query.shape[1]
+        slopes = once(attention_mask, f"{positions} {heads}", lambda: alibi_slopes(positions, heads, query.device))
         if slopes is None or here == heads:
             return slopes
         weight: Any = self.q_proj.weight  # type: ignore[union-attr]
@@ -167,6 +167,11 @@ class ASEntmaxMixin(nn.Module):
             )
         rank = weight.device_mesh.get_local_rank(split[0])
         return slopes[rank * here : (rank + 1) * here]
+
+
+def _ends(intervals: Tensor) -> tuple[Tensor, Tensor]:
+    first, last = (intervals[:, 0, :, i].clone(memory_format=torch.contiguous_format) for i in range(2))
+    return first, last
 
 
 def _dense_weights(

@@ -7,7 +7,7 @@ The mask function returns no mask of T x N entries but the interval of keys that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from .ops.attention import check_documents
 from .ops.intervals import document_starts
 
 ATTENTION_NAME = "asentmax"
+
+Shared = TypeVar("Shared")
+
+
+def once(owner: Tensor, name: str, compute: Callable[[], Shared], *inputs: object) -> Shared:
+    """``compute()``, kept on ``owner`` under ``name`` for the other layers of a forward, which get the same masks and
+    positions: on a GPU the host takes longer for ten small operations than the kernels for a step of decoding.
+
+    It is computed anew where ``owner`` was written to, or ``inputs`` are other objects. What is kept must be neither
+    ``owner`` nor a view of it, or the two would never be freed.
+    """
+    if torch.compiler.is_compiling() or owner.is_inference():  # what is written to the latter is not counted
+        return compute()
+    kept: dict[Any, tuple[Shared, Any]] = owner.__dict__.setdefault("_hf_asentmax", {})
+    key = name, torch.is_inference_mode_enabled(), owner._version, *map(id, inputs)
+    if key not in kept:
+        kept[key] = compute(), inputs  # held, so that their ids stay theirs
+    return kept[key][0]
 
 
 def asentmax_mask(
@@ -127,7 +145,6 @@ def separate_documents(intervals: Tensor, kwargs: dict[str, Any], check: bool) -
     kwargs.pop("seq_idx", None)
     if length == 1:
         return intervals
-    index = torch.arange(length, device=intervals.device, dtype=torch.int32)
     if cu_seqlens is not None:
         if intervals.shape[0] != 1:
             raise ValueError(
@@ -136,14 +153,20 @@ def separate_documents(intervals: Tensor, kwargs: dict[str, Any], check: bool) -
             )
         if check:
             check_documents(cu_seqlens, length)
-        start = document_starts(cu_seqlens.to(intervals.device), index)[None]
-    elif position_ids is not None and position_ids.dim() == 2:
-        # Compared in full length, the first with the last: a slice of one would pin an exported graph to its length.
-        restart = (position_ids <= position_ids.roll(1, -1)).to(intervals.device)
-        start = torch.where(restart & (index > 0), index, 0).cummax(-1).values
-        offset = (intervals[:, 0, :1, 1] - 1).clamp(min=0)  # the first query's own place among the keys
-        start = torch.where(start > 0, start + offset, 0)
-    else:
+    elif position_ids is None or position_ids.dim() != 2:
         return intervals
-    first = torch.maximum(intervals[..., 0], start[:, None].to(torch.int32))
-    return torch.stack([first, intervals[..., 1]], dim=-1)
+
+    def separated() -> Tensor:
+        index = torch.arange(length, device=intervals.device, dtype=torch.int32)
+        if cu_seqlens is not None:
+            start = document_starts(cu_seqlens.to(intervals.device), index)[None]
+        elif position_ids is not None:
+            # In full length, the first against the last: a slice of one would pin an exported graph to its length.
+            restart = (position_ids <= position_ids.roll(1, -1)).to(intervals.device)
+            start = torch.where(restart & (index > 0), index, 0).cummax(-1).values
+            offset = (intervals[:, 0, :1, 1] - 1).clamp(min=0)  # the first query's own place among the keys
+            start = torch.where(start > 0, start + offset, 0)
+        first = torch.maximum(intervals[..., 0], start[:, None].to(torch.int32))
+        return torch.stack([first, intervals[..., 1]], dim=-1)
+
+    return once(intervals, "documents", separated, cu_seqlens, position_ids)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .masks import once
+
 QUERY_SCALINGS = ("none", "log", "static", "adaptive")
 LEARNED_ALPHA_RANGE = (1.01, 2.0)
 NEUTRAL_DELTA = 1.0 - math.log(2.0)  # with zero weights r = delta + softplus(0) = 1: the start of a converted model
@@ -132,13 +134,19 @@ class QueryScale(nn.Module):
         alpha = self.alpha()
         if self.query_scaling == "none":
             return None, alpha
-        log_n = n.clamp(min=1).float().log1p()[:, None, :]
+        log_n = once(n, "log", lambda: n.clamp(min=1).float().log1p()[..., None])
         if self.query_scaling == "log":
-            r = own_part(self.log_scale)[:, None] * log_n
+            r = own_part(self.log_scale) * log_n
         else:
             if self.query_scaling == "static":
-                beta, gamma = own_part(self.beta)[:, None], own_part(self.gamma)[:, None]
+                beta, gamma = own_part(self.beta), own_part(self.gamma)
             else:
-                beta, gamma = self.beta(hidden_states).transpose(1, 2), self.gamma(hidden_states).transpose(1, 2)
-            r = self.delta + F.softplus(beta) * log_n.pow(self.gamma_center + self.gamma_range * gamma.tanh())
-        return r.expand(hidden_states.shape[0], -1, -1), alpha
+                hidden_states = hidden_states.float()
+                beta, gamma = self.beta(hidden_states), self.gamma(hidden_states)
+            exponent = self.gamma_range * gamma.tanh()
+            if self.gamma_center:
+                exponent = exponent + self.gamma_center
+            r = F.softplus(beta) * log_n.pow(exponent)
+            if self.delta:
+                r = r + self.delta
+        return r.transpose(1, 2).expand(hidden_states.shape[0], -1, -1), alpha

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 from helpers import tiny_config
 from hypothesis import example, given, settings
+from test_patching import entmax_model, native_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import (
     and_masks,
@@ -25,7 +29,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from hf_asentmax import patch_model
 from hf_asentmax.attention import ATTENTION_NAME, asentmax_mask
+from hf_asentmax.masks import check_intervals, once
 
 CREATE = st.sampled_from([create_causal_mask, create_sliding_window_causal_mask])
 
@@ -255,3 +261,76 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_mask_that_is_not_causal_or_custom_raises(case: str) -> None:
     with pytest.raises(NotImplementedError, match="asentmax attention must be causal.* got a"):
         asentmax_mask(batch_size=1, q_length=5, kv_length=5, **REFUSED[case])
+
+
+def test_once_computes_anew_for_another_input_or_after_a_write() -> None:
+    owner, calls = torch.zeros(3), []
+
+    def compute() -> int:
+        calls.append(1)
+        return len(calls)
+
+    one, other = object(), object()
+    assert [once(owner, "x", compute, one) for _ in range(3)] == [1, 1, 1]
+    assert once(owner, "y", compute, one) == 2
+    assert once(owner, "x", compute, other) == 3
+    owner.add_(1)
+    assert once(owner, "x", compute, one) == 4
+    with torch.inference_mode():
+        assert once(owner, "x", compute, one) == 5  # a gradient can't go through what is made here
+        temporary = torch.zeros(3)
+        assert [once(temporary, "x", compute, one) for _ in range(2)] == [6, 7]  # its writes are not counted
+    assert once(torch.zeros(3), "x", compute, one) == 8
+
+
+@pytest.mark.parametrize("positions", ["rope", "nape"])
+def test_what_layers_share_goes_with_the_forward(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
+
+    def note(*arguments: Any) -> Tensor:
+        intervals = check_intervals(*arguments)
+        masks.append(weakref.ref(intervals))
+        return intervals
+
+    monkeypatch.setattr("hf_asentmax.attention.check_intervals", note)
+    model = entmax_model(positions=positions)
+    ids = torch.arange(12)[None]
+    gc.disable()  # no cycle either, which would hold on to a GPU's memory
+    try:
+        model(ids, position_ids=torch.tensor([[*range(5), *range(7)]])).logits.sum().backward()
+        assert len(masks) == 2
+        assert all(mask() is None for mask in masks)
+    finally:
+        gc.enable()
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations: what the host of a GPU has to launch or to note."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_decoding_adds_few_operations_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the attention itself: on a GPU generate() with a growing cache waits for the host."""
+    monkeypatch.setattr("hf_asentmax.ops.attention.attend", lambda query, *_: query)
+
+    def operations(layers: int, **settings: Any) -> int:
+        model = native_model("llama", num_hidden_layers=layers).bfloat16()
+        if settings:
+            patch_model(model, alpha=1.5, **settings)
+        cache = model(torch.arange(9)[None], use_cache=True).past_key_values
+        with Operations() as counted:
+            model(torch.tensor([[3]]), past_key_values=cache)
+        return counted.count
+
+    softmax, *ours = (
+        operations(3, **settings) - operations(2, **settings)
+        for settings in ({}, {"positions": "rope"}, {"positions": "nape"})
+    )
+    assert softmax > 50
+    assert all(count - softmax <= 22 for count in ours), (softmax, ours)

@@ -131,4 +131,4 @@ def test_tensor_parallel_softmax_model_is_not_patched(parallel: tuple[Path, list
 def test_tensor_parallel_uneven_heads_are_refused() -> None:
     module = attention_modules(entmax_model(positions="alibi"))[0]
     with pytest.raises(ValueError, match="4 heads must be shared evenly .*, got 3 here; use a tp_size that divides"):
-        module._own_slopes(torch.zeros(1, 3, 5, 8))
+        module._own_slopes(torch.zeros(1, 3, 5, 8), torch.zeros(1, 1, 5, 2))

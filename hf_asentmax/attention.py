@@ -127,7 +127,7 @@ class ASEntmaxMixin(nn.Module):
         alpha, scale = entmax_parameters
         slopes = self._own_slopes(query, attention_mask)
         if slopes is not None and scale is not None and self.config.positions == "nape":
-            scale = scale.masked_fill(once(slopes, "biased", lambda: slopes[:, None] > 0), 1.0)
+            scale = torch.where(once(slopes, "biased", lambda: slopes[:, None] > 0), 1.0, scale)
         if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
             query, key = query.to(value.dtype), key.to(value.dtype)
         first, last = once(attention_mask, "ends", lambda: _ends(attention_mask))

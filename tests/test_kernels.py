@@ -132,7 +132,8 @@ def test_kernel_of_short_sequences_in_float32_equals_the_dense_reference(
         (1.5, 0, 64, torch.float16, False),
         (1.3, 128, 128, torch.float16, True),
         (2.0, 129, 64, torch.float16, False),
-        (1.0, 64, 64, torch.float16, False),
+        (1.0, 128, 64, torch.float16, True),
+        (1.0, 129, 64, torch.float16, False),
     ],
 )
 def test_one_pass_is_for_short_sequences(alpha: float, keys: int, dim: int, dtype: torch.dtype, short: bool) -> None:

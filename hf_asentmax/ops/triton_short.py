@@ -33,7 +33,7 @@ from .triton_common import (
 from .triton_launch import SIZES, Config, Problem, launch, padded
 
 # Keys, by the constant ALPHA: what was measured to be faster than three passes. More would spill registers.
-LONGEST = {0: 128, 1: 256, 2: 128}
+LONGEST = {0: 128, 1: 256, 2: 128, 3: 128}
 WIDEST = 1 << 14  # keys times head dim: 96 KiB of shared memory
 RESIDUAL = tl.constexpr(1e-2)  # how far from 1 a mass may be before the last step, which squares it
 _ATTEND = (Config(4, 1),)
@@ -98,7 +98,7 @@ def serves_short(problem: Problem) -> bool:
     """Whether a program holds all keys, in 16 bits: products of float32 are unrolled. Not for one query: a cache that
     grows by a token would compile anew."""
     x = problem
-    few = x.query.shape[2] > 1 and 0 < x.key.shape[2] <= LONGEST.get(x.constants()["ALPHA"], 0)
+    few = x.query.shape[2] > 1 and 0 < x.key.shape[2] <= LONGEST[x.constants()["ALPHA"]]
     return few and _keys(x) * padded(x.widest) <= WIDEST and x.query.dtype != torch.float32
 
 

@@ -116,6 +116,12 @@ class SyntheticArguments:
             raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 1e-5")
 
 
+def as_trained(args: TrainingArguments) -> torch.autocast:
+    """The precision that training computes in, for what is computed beside it."""
+    half = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, half, enabled=args.fp16 or args.bf16)
+
+
 def pruning_loss(
     task: RetrievalTask, lengths: tuple[int, int], args: TrainingArguments
 ) -> Callable[[torch.nn.Module], float]:
@@ -126,7 +132,7 @@ def pruning_loss(
 
     @torch.no_grad()
     def loss(model: torch.nn.Module) -> float:
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it is trained
+        with as_trained(args):
             return torch.stack([model(**batch, use_cache=False).loss for batch in batches]).mean().item()
 
     return loss
@@ -195,7 +201,7 @@ def main() -> None:
         checkpoint=checkpoint,
         settings=settings,
     )
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # as it was trained
+    with as_trained(args):
         rows = synthetic_ladder(
             model, task, choice.lengths, samples=choice.samples, seed=args.seed, stream="validation"
         )

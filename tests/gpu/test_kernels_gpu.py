@@ -87,6 +87,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "plain": (PLAIN, torch.bfloat16),
     "biased": (BIASED, torch.bfloat16),
     "everything": (EVERYTHING, torch.bfloat16),
+    "softmax_biased": ({**BIASED, "alpha": 1.0}, torch.bfloat16),
     "float32": (PLAIN, torch.float32),
     "everything_float32": (SMALL, torch.float32),
 }

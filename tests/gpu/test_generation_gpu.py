@@ -15,7 +15,13 @@ from hf_asentmax.ops import triton_decode
 pytestmark = pytest.mark.gpu
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-CACHES = ("dynamic", "static", "offloaded", "offloaded_static")  # a static one's decoding is compiled by Transformers
+# Transformers compiles a static one's decoding; torch 2.11 dies of that with "offloaded_static", softmax's too.
+CACHES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {},
+    "offloaded": {},
+    "offloaded_static": {"disable_compile": True},
+}
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -33,6 +39,6 @@ def test_generation_on_a_gpu_with_every_cache(
     options = {"attention_mask": mask, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     expected = model.generate(ids, use_cache=False, **options)
     assert not calls
-    found = model.generate(ids, cache_implementation=cache, **options)
+    found = model.generate(ids, cache_implementation=cache, **CACHES[cache], **options)
     assert calls  # the kernels, not the reference
     assert torch.equal(found, expected)

@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "learned_alpha": {"entmax_alpha": 1.5, "query_scaling": "none", "entmax_alpha_learned": True},  # 1909.00015
     "asentmax_static": {"entmax_alpha": 1.5, "query_scaling": "static"},
     "asentmax": {"entmax_alpha": 1.5, "query_scaling": "adaptive"},  # 2506.16640
+    "asentmax_learned_alpha": {"entmax_alpha": 1.5, "query_scaling": "adaptive", "entmax_alpha_learned": True},
 }
 _SWITCHES = {"entmax_alpha_learned": False, "adaptive_temperature": False, "attention_top_k": None}
 

@@ -103,7 +103,10 @@ class RunArguments:
                 f"got {self.attention!r} and {self.positions!r}; leave --attn_implementation out"
             )
         if self.settings["entmax_alpha_learned"] and (self.alpha, self.alpha_start) != (None, None):
-            raise ValueError(f"alpha must be left out where it is learned, got {self.alpha!r}; remove --alpha")
+            raise ValueError(
+                f"alpha must be left out where it is learned, as by {self.attention!r}, got --alpha {self.alpha!r} and "
+                f"--alpha_start {self.alpha_start!r}; remove them, or choose another method with --attention"
+            )
 
     @property
     def settings(self) -> dict[str, Any]:

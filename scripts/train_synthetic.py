@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "mqmtar": {"prune_tolerance": 1e-5},
     "copy": {
+        "attention": "asentmax_learned_alpha",
         "family": "gemma2",
         "per_device_train_batch_size": 256,
         "max_steps": 36000,
@@ -57,6 +58,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_steps": 24000,
         "learning_rate": 4e-4,
         "prune_tolerance": 1e-5,
+    },
+    "sort": {  # with --alpha 1.25 --fp16
+        "family": "llama",
+        "positions": "nope",
+        "query_scale_delta": 1.0,
+        "query_scale_gamma_range": 1.0,
+        "per_device_train_batch_size": 512,
+        "max_steps": 34000,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.03,
     },
 }
 EXAMPLE = """

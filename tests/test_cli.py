@@ -257,7 +257,7 @@ def test_inspect_names_every_method(command: Any, tmp_path: Path, method: str) -
     folder = save(patch_model(tiny_model("qwen2"), method=method), tmp_path / method)
     printed = command("inspect", folder)
     assert table(printed)["method"].split(",")[0] == method
-    learns = {"ssmax", "learned_alpha", "asentmax_static", "asentmax"}
+    learns = {"ssmax", "learned_alpha", "asentmax_static", "asentmax", "asentmax_learned_alpha"}
     assert ("| layer" in printed) == (method in learns)
     assert ("r at n" in printed) == (method in learns - {"learned_alpha"})
 

@@ -172,18 +172,23 @@ def test_train_synthetic_begins_from_the_recipe_of_the_task(tmp_path: Path, monk
     def used(name: str, *options: str) -> dict[str, Any]:
         lengths = ("--min_length", "32", "--max_length", "40", "--lengths", "40", "--max_steps", "2")
         found = train(tmp_path / name, *lengths, *options, monkeypatch=monkeypatch)["settings"]
-        return {name: found[name] for name in ("family", "learning_rate", "prune_tolerance")}
+        return {name: found[name] for name in ("family", "learning_rate", "prune_tolerance", "attention")}
 
-    reverse = {"family": "gemma2", "learning_rate": "0.0004", "prune_tolerance": 1e-5}
+    reverse = {"family": "gemma2", "learning_rate": "0.0004", "prune_tolerance": 1e-5, "attention": "asentmax"}
     assert used("reverse", "--task", "reverse") == reverse
     assert used("own", "--task=reverse", "--family", "llama") == reverse | {"family": "llama"}
-    assert used("none", "--task", "two_back") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 0.0}
-    assert used("default") == {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 1e-5}  # MQMTAR's
+    copy = reverse | {"prune_tolerance": 0.0, "attention": "asentmax_learned_alpha"}
+    assert used("copy", "--task", "copy") == copy
+    assert used("twin", "--task", "copy", "--attention", "softmax") == copy | {"attention": "softmax"}
+    plain = {"family": "qwen3", "learning_rate": "0.0005", "prune_tolerance": 0.0, "attention": "asentmax"}
+    assert used("none", "--task", "two_back") == plain
+    assert used("default") == plain | {"prune_tolerance": 1e-5}  # MQMTAR's
     assert set(runpy.run_path(str(SCRIPT))["RECIPES"]) <= set(TASKS)
 
 
 def test_train_synthetic_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--task", "copy", "--max_steps", "20", "--save_steps", "10", "--seed", "3", "--alpha_start", "1")
+    options = ("--task", "copy", "--max_steps", "20", "--save_steps", "10", "--seed", "3")
+    options += ("--attention", "asentmax", "--alpha_start", "1")
     train(tmp_path / "whole", *options, monkeypatch=monkeypatch)
     killed = tmp_path / "killed"
     shutil.copytree(tmp_path / "whole", killed)

@@ -59,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 4e-4,
         "prune_tolerance": 1e-5,
     },
-    "sort": {  # with --alpha 1.25 --fp16
+    "sort": {  # alpha is the method's, so the command names it: see EXAMPLE
         "family": "llama",
         "positions": "nope",
         "query_scale_delta": 1.0,
@@ -73,6 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 EXAMPLE = """
 examples:
   the recipe of docs/recipe-log.md:   python scripts/train_synthetic.py --task mqmtar --bf16 --torch_compile
+  Sort's, whose alpha is 1.25:        ... --task sort --alpha 1.25 --fp16 --torch_compile
   a twin of another method:           ... --attention softmax --output_dir runs/softmax
   its test ladder, once:              python scripts/evaluate_synthetic.py --model runs/synthetic --bf16
 """

@@ -36,12 +36,12 @@ def hold_out(
     order_column: str | None = None,
     seed: int = 0,
 ) -> HeldOut:
-    """Split documents into what to train on and what to evaluate on, by hashes: a new document moves no other.
+    """Split documents into what to train on and what to evaluate on, by hashes: their order does not matter.
 
     Args:
         sources: as :func:`hf_asentmax.data.load_documents` takes them; all have the same columns.
         long: long documents to take: groups of at least ``long_chars[0]`` characters together and at most
-            ``LARGEST_SHARE`` of all. None of a group's documents is trained on.
+            ``LARGEST_SHARE`` of all. None of a group's documents, and no copy of one, is trained on.
         long_chars: (fewest, most); what a group has beyond the most is left out.
         short: single documents to take of what is left; others of their group are trained on, copies of them are not.
         column: the column with the text.
@@ -79,7 +79,7 @@ def hold_out(
     names = prints if group_column is None else [str(name) for name in documents[group_column]]
     places = range(total) if order_column is None else documents[order_column]
     groups: dict[str, list[int]] = {}
-    for i in sorted(range(total), key=lambda i: (names[i], places[i])):
+    for i in sorted(range(total), key=lambda i: (names[i], places[i] is not None, places[i])):
         members = groups.setdefault(names[i], [])
         if group_column is not None or not members:  # else a copy, which leaves with it
             members.append(i)
@@ -97,11 +97,14 @@ def hold_out(
         )
     chosen = sorted(able, key=rank)[:long]
     gone = set(chosen)
-    left = {prints[i]: i for i in reversed(range(total)) if names[i] not in gone and sizes[i]}
+    copies = {prints[i] for i in range(total) if names[i] in gone and sizes[i]}
+    left = {
+        prints[i]: i for i in reversed(range(total)) if names[i] not in gone and prints[i] not in copies and sizes[i]
+    }
     if len(left) < short:
         raise ValueError(f"short must be at most the {len(left)} documents that are left, got {short}; lower it")
     single = sorted(left, key=rank)[:short]
-    copies = set(single)
+    copies.update(single)
     rows: dict[str, list[str]] = {column: [BETWEEN.join(texts[i] or "" for i in groups[x])[:most] for x in chosen]}
     if group_column is not None:
         rows["group"] = chosen

@@ -29,7 +29,7 @@ from hf_asentmax.ops import operators, triton_backward, triton_candidates, trito
 from hf_asentmax.ops.attention import attention_from_intervals
 from hf_asentmax.ops.triton_candidates import _raise_bound
 from hf_asentmax.ops.triton_launch import Config, Problem, launch
-from hf_asentmax.ops.triton_short import LONGEST, serves_short
+from hf_asentmax.ops.triton_short import LONGEST, serves_short, serves_short_backward
 
 OPS = torch.ops.hf_asentmax
 USES_KERNELS = operators.uses_kernels
@@ -107,42 +107,51 @@ def test_kernels_of_long_sequences_in_float16_equal_the_dense_reference(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_forward, "serves_short", lambda problem: False)
+    monkeypatch.setattr(triton_backward, "serves_short_backward", lambda problem: False)
     leaves, options = build(CASES[case], torch.float16)
     assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if keys(case) <= max(LONGEST.values())])
 @pytest.mark.usefixtures("nan_in_empty")
-def test_kernel_of_short_sequences_in_float32_equals_the_dense_reference(
+def test_kernels_of_short_sequences_in_float32_equals_the_dense_reference(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_forward, "serves_short", lambda problem: True)
+    monkeypatch.setattr(triton_backward, "serves_short_backward", lambda problem: True)
     leaves, options = build(CASES[case], torch.float32)
     assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
 
 
 @pytest.mark.parametrize(
-    ("alpha", "keys", "dim", "dtype", "short"),
+    ("alpha", "keys", "dim", "dtype", "forward", "backward"),
     [
-        (1.5, 256, 64, torch.bfloat16, True),
-        (1.5, 257, 64, torch.bfloat16, False),
-        (1.5, 256, 65, torch.float16, False),
-        (1.5, 64, 256, torch.float16, True),
-        (1.5, 64, 64, torch.float32, False),
-        (1.5, 0, 64, torch.float16, False),
-        (1.3, 128, 128, torch.float16, True),
-        (2.0, 129, 64, torch.float16, False),
-        (1.0, 128, 64, torch.float16, True),
-        (1.0, 129, 64, torch.float16, False),
+        (1.5, 256, 64, torch.bfloat16, True, False),
+        (1.5, 129, 16, torch.bfloat16, True, False),
+        (1.5, 257, 64, torch.bfloat16, False, False),
+        (1.5, 256, 65, torch.float16, False, False),
+        (1.5, 64, 256, torch.float16, True, False),
+        (1.5, 64, 64, torch.float16, True, True),
+        (1.5, 64, 64, torch.float32, False, False),
+        (1.5, 0, 64, torch.float16, False, False),
+        (1.3, 128, 128, torch.float16, True, False),
+        (1.3, 128, 32, torch.bfloat16, True, True),
+        (1.3, 128, 33, torch.bfloat16, True, False),
+        (2.0, 129, 64, torch.float16, False, False),
+        (1.0, 128, 64, torch.float16, True, False),
+        (1.0, 129, 16, torch.float16, False, False),
     ],
 )
-def test_one_pass_is_for_short_sequences(alpha: float, keys: int, dim: int, dtype: torch.dtype, short: bool) -> None:
+def test_one_pass_is_for_short_sequences(
+    alpha: float, keys: int, dim: int, dtype: torch.dtype, forward: bool, backward: bool
+) -> None:
     k = torch.zeros(1, 1, keys, dim, dtype=dtype)
     for queries in (1, 2):
         intervals = torch.zeros(1, queries, dtype=torch.int32)
         q = torch.zeros(1, 1, queries, dim, dtype=dtype)
         problem = Problem(q, k, k, intervals, intervals, None, None, None, alpha, 1.0)
-        assert serves_short(problem) is (short and queries > 1)
+        assert serves_short(problem) is (forward and queries > 1)
+        assert serves_short_backward(problem) is (backward and queries > 1)
 
 
 @pytest.mark.usefixtures("nan_in_empty")

@@ -23,29 +23,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
+    alpha_slopes,
     excess,
     list_tiles,
     load_bias,
     load_exponent,
     load_row_scale,
     load_tile,
-    log1p,
     store_tile,
     weights,
 )
 from .triton_launch import SIZES, Config, Problem, kind, launch
+from .triton_short import gradients_short, serves_short_backward
 
 # The first for narrow heads.
 _QUERIES = (Config(4, 3, {}, 168), Config(4, 2), Config(4, 1))
 _KEYS = (Config(4, 2, {}, 168), Config(4, 2), Config(4, 1))
-
-
-@triton.jit
-def _alpha_slopes(y, p, g, e, EXACT: tl.constexpr):
-    """``p phi``: the derivative of p with respect to alpha at a fixed threshold."""
-    a = tl.maximum(-log1p(tl.where(y > -1.0, y, 0.0), EXACT), 0.0)
-    series = 0.5 + a * (1 / 6 + a * (1 / 24 + a * (1 / 120 + a * (1 / 720 + a * (1 / 5040 + a * (1 / 40320))))))
-    return tl.where(a < 0.5, p * a * a * series, g - p * (1.0 + a)) * (-1.0 / (e * e))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -104,7 +97,7 @@ def _queries_kernel(
                 )
                 p, g = weights(y, e, ALPHA, EXACT)
                 if dalpha_ptr is not None:
-                    dalpha += tl.sum(_alpha_slopes(y, p, g, e, EXACT) * dp, 1)
+                    dalpha += tl.sum(alpha_slopes(y, p, g, e, EXACT) * dp, 1)
                 acc = tl.dot((g * dp).to(k.dtype), k, acc, input_precision="ieee")
 
             if dr_ptr is not None:
@@ -220,6 +213,9 @@ def kernel_backward(
         return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    if serves_short_backward(x):
+        gradients_short(x, grad_out, state, mean, dq, dk, dv, dr, dalpha)
+        return dq, dk, dv, dr, None if dalpha is None else dalpha.sum((0, 2))
     variant = (kind(grad_out, dq, dk, dv, dalpha), x.variant)
     strides = [s for t in (x.query, x.key, x.value, grad_out) for s in t.stride()[:3]]
     tile_list = torch.empty(x.heads_at_once * x.n_row_tiles * x.n_key_tiles, dtype=torch.int32, device=dq.device)

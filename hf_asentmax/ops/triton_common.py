@@ -146,6 +146,14 @@ def weights(y, e, ALPHA: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def alpha_slopes(y, p, g, e, EXACT: tl.constexpr):
+    """``p phi``: the derivative of p with respect to alpha at a fixed threshold."""
+    a = tl.maximum(-log1p(tl.where(y > -1.0, y, 0.0), EXACT), 0.0)
+    series = 0.5 + a * (1 / 6 + a * (1 / 24 + a * (1 / 120 + a * (1 / 720 + a * (1 / 5040 + a * (1 / 40320))))))
+    return tl.where(a < 0.5, p * a * a * series, g - p * (1.0 + a)) * (-1.0 / (e * e))
+
+
+@triton.jit
 def newton_step(mass, slope, e, ALPHA: tl.constexpr):
     """Newton on the 1/(alpha-1)-norm of the weights: from below the root it never goes past it."""
     slope = tl.maximum(slope, 1.0e-30)

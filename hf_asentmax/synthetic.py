@@ -49,7 +49,7 @@ class TaskStream(IterableDataset):
         ValueError: the lengths are not such a pair, or the task refuses one of them.
     """
 
-    POOL = 8  # batches drawn at once: one call a length, however many batches
+    POOL = 64  # batches drawn at once: one call a length, however many batches
 
     def __init__(
         self,

@@ -49,11 +49,12 @@ def test_task_stream_mixes_lengths_behind_one_shape() -> None:
         assert labels[length + 2 : 2 * length + 3].tolist() == ids[length + 2 : 2 * length + 3].tolist()
         assert (labels[2 * length + 3 :] == IGNORED).all()
     assert set(counts) == set(range(4, 10))
-    assert max(abs(count - 80) for count in counts.values()) < 4 * 80**0.5
+    expected = len(rows) / 6
+    assert max(abs(count - expected) for count in counts.values()) < 4 * expected**0.5
     longest = [int((batch["labels"] != IGNORED).sum(1).max()) for batch in batches]
     shortest = [int((batch["labels"] != IGNORED).sum(1).min()) for batch in batches]
     assert all(low < high for low, high in zip(shortest, longest, strict=True))  # within a batch, not batch by batch
-    assert len({tuple(ids.tolist()) for ids, _ in rows}) > 400  # of 480, of which some short ones are drawn twice
+    assert len({tuple(ids.tolist()) for ids, _ in rows}) > 0.7 * len(rows)  # some short ones are drawn again
 
 
 def test_task_stream_steps_through_its_lengths() -> None:

@@ -64,7 +64,7 @@ def test_decode_equals_the_dense_reference(case: str, dtype: torch.dtype) -> Non
     assert (out[expected == 0] == 0).all()
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 1.3])
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, 1.3])
 def test_decode_weights_have_mass_1_and_the_exact_support(alpha: float) -> None:
     case = {**FEW, "N": 250, "V": 250, "T": 2, "alpha": alpha, "slopes": (0.0, 0.1), "scale": 1}
     leaves, options = build(case, torch.float32)

@@ -48,6 +48,9 @@ HALF_CASES = (
     "head_dim_80",
     "negative_scaling",
     "sparsemax",
+    "alpha_1.25",
+    "alpha_1.25_longer",
+    "alpha_1.25_padding_to_nothing",
     "softmax_groups_of_4",
     "softmax_alibi_that_hides_tiles",
     "softmax_padding_to_nothing",
@@ -137,6 +140,8 @@ def test_kernels_of_short_sequences_in_float32_equals_the_dense_reference(
         (1.3, 128, 128, torch.float16, True, False),
         (1.3, 128, 32, torch.bfloat16, True, True),
         (1.3, 128, 33, torch.bfloat16, True, False),
+        (1.25, 256, 64, torch.float16, True, False),
+        (1.25, 128, 32, torch.float16, True, True),
         (2.0, 129, 64, torch.float16, False, False),
         (1.0, 128, 64, torch.float16, True, False),
         (1.0, 129, 16, torch.float16, False, False),
@@ -189,7 +194,7 @@ def problems(draw: st.DrawFn) -> tuple[dict[str, Any], float, int]:
     N = queries + more_keys
     case: dict[str, Any] = {"B": batch, "H": groups * kv_heads, "K": kv_heads, "T": queries, "N": N, "V": N}
     exponent = draw(st.floats(1.02, 2.0))
-    case["alpha"] = draw(st.sampled_from([1.0, 1.5, 2.0, exponent, (exponent,)]))
+    case["alpha"] = draw(st.sampled_from([1.0, 1.25, 1.5, 2.0, exponent, (exponent,)]))
     case["scale"] = draw(st.sampled_from([None, 1, -1, 0]))
     if draw(st.booleans()):
         case["slopes"] = (draw(st.floats(0.01, 2.0)),)
@@ -219,14 +224,16 @@ def test_kernels_weights_have_mass_1_and_the_exact_support(problem: tuple[dict[s
         assert_weights_are_right(weights, leaves, options)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.2, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.0, 1.2, 1.25, 1.5, 2.0])
 def test_kernels_keep_mass_1_over_many_near_equal_keys(alpha: float) -> None:
     query, key = torch.randn(1, 1, 1, 16), 1e-4 * torch.randn(1, 1, 2000, 16)
     out = entmax_attention(query, key, torch.ones(1, 1, 2000, 16), alpha=alpha)
     assert (out - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", [{}, {"scale": 1, "slopes": (0.1,), "alpha": (1.3,)}, {"alpha": 2.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize(
+    "case", [{}, {"scale": 1, "slopes": (0.1,), "alpha": (1.3,)}, {"alpha": 2.0}, {"alpha": 1.0}, {"alpha": 1.25}]
+)
 def test_kernels_give_nan_for_a_nan_query_alone(case: dict[str, Any]) -> None:
     leaves, options = build({**case, "T": 100, "N": 100}, torch.float32)
     expected = entmax_attention(**leaves, **options).detach()
@@ -275,7 +282,7 @@ def _raise_bound_of_hidden(scale_ptr, bound_ptr, ALPHA: tl.constexpr, EXPONENT: 
     tl.store(bound_ptr + rows, bound)
 
 
-@pytest.mark.parametrize(("constant", "exponent"), [(0, 0.4), (1, 0.5), (2, 1.0), (3, 1.0)])
+@pytest.mark.parametrize(("constant", "exponent"), [(0, 0.4), (1, 0.5), (2, 1.0), (3, 1.0), (4, 0.25)])
 def test_kernels_leave_the_bound_of_a_query_that_has_seen_no_key(constant: int, exponent: float) -> None:
     scale = torch.rand(16) + 0.1
     hidden = -1e30 * scale
@@ -287,7 +294,7 @@ def test_kernels_leave_the_bound_of_a_query_that_has_seen_no_key(constant: int, 
     torch.testing.assert_close(raised, bound)
 
 
-@pytest.mark.parametrize("value", [1.5, 2.0])
+@pytest.mark.parametrize("value", [1.25, 1.5, 2.0])
 def test_kernels_give_the_same_for_an_alpha_as_float_and_as_tensor(value: float) -> None:
     leaves, options = build({"scale": 1, "slopes": (0.0, 0.1), "alpha": value}, torch.float32)
     by_float = run(entmax_attention, leaves, options)

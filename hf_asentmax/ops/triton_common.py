@@ -9,11 +9,12 @@ With ``z = (alpha-1) s`` the kernels hold, for every query, a threshold such tha
 
     alpha = 1.5:  p = [y]_+^2,              g = p^(2-alpha) = [y]_+
     alpha = 2:    p = [y]_+,                g = 1 on the support
+    alpha = 1.25: p = [y]_+^4,              g = [y]_+^3
     else:         p = [1+y]_+^(1/(alpha-1)), g = p / (1+y)          (the threshold is tau + 1: nothing is lost near 1)
 
 and their limit at alpha = 1, softmax, with ``z = s`` and the logarithm of the sum as threshold: p = g = exp(y). Of its
-tiles those are left out where every p is 0 in float32. The constant ALPHA names the four: 1 and 2 the first two, 3
-softmax, 0 all else.
+tiles those are left out where every p is 0 in float32. The constant ALPHA names the five: 1, 2 and 4 the first three,
+3 softmax, 0 all else.
 
 Source: arXiv 1905.05702, eq. 10; arXiv 1909.00015, propositions 1 and 2.
 """
@@ -99,6 +100,8 @@ def load_exponent(alpha_ptr, h, stride, alpha_value, ALPHA: tl.constexpr):
         return 0.5
     elif ALPHA == 2 or ALPHA == 3:
         return 1.0
+    elif ALPHA == 4:
+        return 0.25
     else:
         alpha = alpha_value
         if alpha_ptr is not None:
@@ -138,6 +141,10 @@ def weights(y, e, ALPHA: tl.constexpr, EXACT: tl.constexpr):
     elif ALPHA == 3:
         p = tl.exp(y)
         return p, p
+    elif ALPHA == 4:
+        w = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        g = w * w * w
+        return g * w, g
     else:
         outside = y <= -1.0
         y = tl.where(outside, 0.0, y)
@@ -163,6 +170,9 @@ def newton_step(mass, slope, e, ALPHA: tl.constexpr):
         return (mass - 1.0) / slope
     elif ALPHA == 3:  # the root itself
         return tl.log(tl.maximum(mass, 1.0e-30))
+    elif ALPHA == 4:
+        root = tl.sqrt(tl.sqrt(mass))
+        return (mass - root * root * root) / slope
     else:
         a = e * tl.log(tl.maximum(mass, 1.0e-30))
         small = a * (1.0 - a * (0.5 - a * (1.0 / 6.0)))

@@ -169,7 +169,7 @@ class Problem:
         """The constants of a kernel, those of the values too if asked for."""
         dim, dim_v = self.query.shape[-1], self.value.shape[-1]
         constants = {
-            "ALPHA": {1.0: 3, 1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
+            "ALPHA": {1.0: 3, 1.25: 4, 1.5: 1, 2.0: 2}.get(self.alpha_value, 0) if self.alpha is None else 0,
             "TILE": self.tile,
             "DIM": dim,
             "BLOCK_DIM": padded(dim),

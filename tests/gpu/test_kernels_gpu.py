@@ -37,6 +37,7 @@ pytestmark = pytest.mark.gpu
 PLAIN: dict[str, Any] = {"D": 64, "V": 64}
 BIASED: dict[str, Any] = {**PLAIN, "scale": 1, "slopes": (0.0, 0.05)}
 EVERYTHING: dict[str, Any] = {**PLAIN, "scale": 1, "slopes": (0.1,), "alpha": (1.3,)}
+NARROW: dict[str, Any] = {"D": 32, "V": 32}  # with a backward of their own to 128 keys
 SMALL: dict[str, Any] = {"D": 16, "V": 16, "H": 2, "scale": 1, "slopes": (0.0, 0.1), "alpha": (1.3, 1.5)}
 
 # The largest relative errors in bfloat16, 1.2 times what its roundings of weights, slopes and results cost these inputs
@@ -88,6 +89,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "biased": (BIASED, torch.bfloat16),
     "everything": (EVERYTHING, torch.bfloat16),
     "softmax_biased": ({**BIASED, "alpha": 1.0}, torch.bfloat16),
+    "alpha_1.25": ({**BIASED, "alpha": 1.25}, torch.bfloat16),
+    "narrow_alpha_1.25": ({**BIASED, **NARROW, "alpha": 1.25}, torch.bfloat16),
+    "narrow_everything": ({**EVERYTHING, **NARROW}, torch.bfloat16),
     "float32": (PLAIN, torch.float32),
     "everything_float32": (SMALL, torch.float32),
 }

@@ -35,7 +35,8 @@ from .triton_common import (
 )
 from .triton_launch import SIZES, Config, Problem, kind, launch, padded
 
-# Keys, by the constant ALPHA: what was measured to be faster than three passes. More would spill registers.
+# Keys, by the constant ALPHA: what was measured to be faster than three passes (4: as 1, not yet timed). More would
+# spill registers.
 LONGEST = {0: 128, 1: 256, 2: 128, 3: 128, 4: 256}
 WIDEST = 1 << 14  # keys times head dim: 96 KiB of shared memory
 RESIDUAL = tl.constexpr(1e-2)  # how far from 1 a mass may be before the last step, which squares it

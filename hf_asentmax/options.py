@@ -1,10 +1,11 @@
-"""What the argument classes of the command lines are written with, and how their help is shown."""
+"""What the argument classes of the command lines are written and checked with, and how their help is shown."""
 
 from __future__ import annotations
 
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,3 +27,10 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_new_folder(output_dir: str) -> None:
+    """Raise ValueError unless the folder is empty or still to be made."""
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir must be a new or an empty folder, got {output_dir!r}; name another")

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from hf_asentmax.holding_out import hold_out
-from hf_asentmax.options import HelpFormatter, option
+from hf_asentmax.options import HelpFormatter, check_new_folder, option
 
 EXAMPLE = """
 examples:
@@ -46,9 +46,7 @@ class HoldOutArguments:
     def __post_init__(self) -> None:
         if len(self.long_chars) != 2:
             raise ValueError(f"long_chars must be two numbers, fewest and most, got {self.long_chars!r}; give both")
-        folder = Path(self.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output_dir must be a new or an empty folder, got {self.output_dir!r}; name another")
+        check_new_folder(self.output_dir)
 
 
 def main() -> None:

@@ -8,12 +8,11 @@ the column input_ids, one row a document, and the tokenizer: --data and --tokeni
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoTokenizer, HfArgumentParser
 
-from hf_asentmax.options import HelpFormatter, option
+from hf_asentmax.options import HelpFormatter, check_new_folder, option
 from hf_asentmax.tokenization import source_texts, tokenize_sources, train_tokenizer
 
 EXAMPLE = """
@@ -47,9 +46,7 @@ class TokenizeArguments:
                 f"either tokenizer or vocab_size must be given, got {self.tokenizer!r} and {self.vocab_size!r}; "
                 "--tokenizer takes an existing one, --vocab_size learns one"
             )
-        folder = Path(self.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"output_dir must be a new or an empty folder, got {self.output_dir!r}; name another")
+        check_new_folder(self.output_dir)
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def test_kernels_of_long_sequences_in_float16_equal_the_dense_reference(
     "case", [case for case in CASES if keys(case) <= max(LONGEST.values()) and case != "groups_of_130"]
 )
 @pytest.mark.usefixtures("nan_in_empty")
-def test_kernels_of_short_sequences_in_float32_equals_the_dense_reference(
+def test_kernels_of_short_sequences_in_float32_equal_the_dense_reference(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_forward, "serves_short", lambda problem: True)

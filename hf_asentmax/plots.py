@@ -49,7 +49,7 @@ def plot_ladder(
     if train_length is not None:
         axes.axvline(train_length, color="gray", linestyle=":", label="training length")
     what = "exact match (%)" if "token_accuracy" in rows[0] else "accuracy (%)"
-    axes.set(xlabel="length (tokens)", ylabel=what, ylim=(-2, 102), title=title or "")
+    axes.set(xlabel="length (tokens)", ylabel=what, ylim=(-5, 105), title=title or "")
     _legend(figure, axes, "bars: 95 % intervals")
     return write_figure(figure, path)
 
@@ -198,7 +198,7 @@ def plot_training(
             alpha = [100 * (entry["entmax_alpha"] - 1) for entry in log]
             right.plot(steps, alpha, "--", color=colour, label=f"{method}: 100 (alpha - 1)")
     left.set(xlabel="step", ylabel="training loss (nats)")
-    right.set(xlabel="step", ylim=(-2, 102))
+    right.set(xlabel="step", ylim=(-5, 105))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -35,12 +35,12 @@ from .triton_common import (
 )
 from .triton_launch import SIZES, Config, Problem, kind, launch, padded
 
-# Keys, by the constant ALPHA: what was measured to be faster than three passes (4: as 1, not yet timed). More would
-# spill registers.
+# Keys, by the constant ALPHA: what was measured to be faster than three passes. More would spill registers.
 LONGEST = {0: 128, 1: 256, 2: 128, 3: 128, 4: 256}
 WIDEST = 1 << 14  # keys times head dim: 96 KiB of shared memory
 RESIDUAL = tl.constexpr(1e-2)  # how far from 1 a mass may be before the last step, which squares it
 _ATTEND = (Config(4, 1),)
+_ATTEND_NARROW = (Config(4, 1, {}, 128),)  # 128 keys, head dim to 32: another program at once is worth some spills
 # Backward: what a program can keep of the keys' gradients and be faster than two kernels.
 LONGEST_BACKWARD = 128
 WIDEST_BACKWARD = 1 << 12
@@ -175,12 +175,13 @@ def attend_short(problem: Problem, out: Tensor, mean: Tensor | None, state: Tens
     """Write what ``kernel_forward`` returns, of a problem that :func:`serves_short`."""
     x = problem
     H, T = x.query.shape[1:3]
-    constants = x.constants(value=True) | {"KEYS": _keys(x)}
+    keys = _keys(x)
+    constants = x.constants(value=True) | {"KEYS": keys}
     del constants["LANES"]
     launch(
         _attend_kernel,
         (x.n_row_tiles, x.query.shape[0] * H),
-        _ATTEND,
+        _ATTEND_NARROW if keys == 128 and padded(x.widest) <= 32 else _ATTEND,
         constants,
         (mean is not None, x.variant),
         x.query, x.key, x.value, out, mean, x.first, x.last, x.query_scale, x.slopes, x.alpha, state, tiles,

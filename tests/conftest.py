@@ -40,6 +40,11 @@ from helpers import tiny_model  # noqa: E402
 
 from hf_asentmax import patch_model  # noqa: E402
 
+if not collect_ignore:
+    from quick_interpreter import quicken
+
+    quicken()
+
 # The same examples in every run and no deadline: a slow machine fails no test.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=30)
 hypothesis.settings.load_profile("tests")

@@ -276,6 +276,12 @@ def run_training(
     Returns:
         What is written to results.json: settings, steps, losses, perplexity (of cross entropy), support, and the log.
     """
+    batch = args.per_device_eval_batch_size * args.world_size
+    if evaluation is not None and args.dataloader_drop_last and len(evaluation) < batch:
+        raise ValueError(
+            f"the evaluation data must fill a batch of {batch} rows where incomplete ones are left out "
+            f"(dataloader_drop_last), got {len(evaluation)}; lower per_device_eval_batch_size, or give more"
+        )
     trainer = ASEntmaxTrainer(
         model=model,
         args=args,

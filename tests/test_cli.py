@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from processes import run_python
 from retrieval_setup import VOCABULARY, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from training_setup import tiny_texts, write_model, write_texts
@@ -74,8 +75,7 @@ def test_module_runs_as_the_command_line(checkpoint: Path) -> None:
     """`python -m hf_asentmax`: its own name in the usage, the exit status of a damaged checkpoint."""
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    words = [sys.executable, "-m", "hf_asentmax", "inspect", str(checkpoint)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = run_python("-m", "hf_asentmax", "inspect", checkpoint)
     assert done.returncode == 1
     assert "ASEntmaxLlamaForCausalLM" in done.stdout
     assert done.stderr.strip().endswith("download or save it again")
@@ -193,8 +193,7 @@ def test_written_samples_are_trained_on_and_evaluated(command: Any, tmp_path: Pa
     assert f"python scripts/finetune.py --data {samples} --sequence_length 400" in printed
     train = f"--data {samples} --sequence_length 400 --model {tmp_path / 'model'} --output_dir {tmp_path / 'tuned'}"
     options = "--max_steps 1 --per_device_train_batch_size 2 --use_cpu --report_to none --save_strategy no"
-    script = [sys.executable, str(ROOT / "scripts" / "finetune.py"), *train.split(), *options.split()]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    done = run_python(ROOT / "scripts" / "finetune.py", *train.split(), *options.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| asentmax |" in command(
         "evaluate", "retrieval", "--model", tmp_path / "tuned", "--lengths", 400, "--samples", 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_model
+from processes import run_processes, run_python
 from safetensors.torch import load_file
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
@@ -53,9 +54,9 @@ destroy_process_group()
 
 
 def two_processes(*arguments: str | Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """A program and its arguments, in two processes of one group; the test fails if one of them does."""
+    for done in run_processes(2, *arguments):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -71,10 +72,10 @@ def test_finetune_in_two_processes_equals_one(tmp_path: Path) -> None:
     shared = [ROOT / "scripts" / "finetune.py", "--model", model, "--data", data, *options.split()]
     for name, batch in (("one", "4"), ("two", "2")):
         given = [*shared, "--per_device_train_batch_size", batch, "--output_dir", tmp_path / name]
-        if name == "two":
-            two_processes(*given)
-        else:
-            subprocess.run([sys.executable, *map(str, given)], check=True, capture_output=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        words = [*launch, *map(str, given)]
+        done = run_python(*given) if name == "one" else subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert_same_weights(tmp_path / "two", load_file(tmp_path / "one" / "model.safetensors"))
 
 

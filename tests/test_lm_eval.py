@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 from test_patching import entmax_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -102,8 +101,7 @@ def test_lm_eval_needs_no_import_of_the_package(tmp_path: Path) -> None:
     code = "import json, sys\nfrom typing import Any\n" + inspect.getsource(evaluate)
     code += "found, _ = evaluate(sys.argv[1], json.loads(sys.argv[2]), 4)\n"
     code += "assert 'hf_asentmax' not in sys.modules\nprint(json.dumps(found))"
-    command = [sys.executable, "-c", code, arguments, json.dumps(task(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python("-c", code, arguments, json.dumps(task(tmp_path)))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(found).double(), expected, **CLOSE)

@@ -7,8 +7,6 @@ import inspect
 import itertools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import entmax as oracle
 import pytest
 import torch
 from helpers import CLASSES, TOLERANCE, WINDOWS, auto_classes, random_tokens, tiny_config
+from processes import run_python
 from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -156,7 +155,7 @@ for file in sorted(pathlib.Path(sys.argv[1]).glob("*.pt")):
     assert all(map(torch.equal, output.attentions, attentions)), file
     print(file.stem)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = run_python("-c", code, tmp_path)
     assert done.stdout.split() == FOUND, done.stderr
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from helpers import TOLERANCE, random_tokens, tiny_model
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
+from processes import run_python
 from test_patching import FOUND, entmax_model, native_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -95,7 +94,7 @@ def test_peft_default_targets_hold_whichever_is_imported_first(order: str) -> No
     build += "vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))"
     code = "import sys; " + ORDERS[order].format(build=build, imports="from peft import LoraConfig, get_peft_model")
     code += "; print(sorted(get_peft_model(model, LoraConfig()).peft_config['default'].target_modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['q_proj', 'v_proj']"
 

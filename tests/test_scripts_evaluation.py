@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_tokens, tiny_model
+from processes import run_processes
 from retrieval_setup import VOCABULARY, byte_tokenizer, constant_model
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
@@ -214,7 +213,9 @@ def test_evaluate_synthetic_asks_for_the_task_before_it_evaluates(
         run(monkeypatch, "evaluate_synthetic", "--model", inputs / "asentmax", inputs / "letters")
 
 
-def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, tmp_path: Path) -> None:
+def test_evaluation_shared_among_processes_gives_the_same_results(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "both.py").write_text(
         "import runpy, sys\n"
         "for options in open(sys.argv[1], encoding='utf-8').read().splitlines():\n"
@@ -230,16 +231,10 @@ def test_evaluation_shared_among_processes_gives_the_same_results(inputs: Path, 
     task += ["--seed", 2, "--output_dir", tmp_path / "task"]  # 1 chunk, so one process has nothing to do, then 3
     lines = ["|".join(map(str, options)) for options in (texts, keys, task)]
     (tmp_path / "runs.txt").write_text("\n".join(lines), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "both.py"), str(tmp_path / "runs.txt")],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("95 % interval") == 3  # one process prints
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_processes(2, tmp_path / "both.py", tmp_path / "runs.txt")
+    assert [process.returncode for process in done] == [0, 0], done
+    assert [process.stdout.count("95 % interval") for process in done] == [3, 0]  # one process prints
 
     model = AutoModelForCausalLM.from_pretrained(inputs / "asentmax")
     passkey = retrieve(model, byte_tokenizer(), "passkey", [400], samples=3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_tokens, tiny_config
+from processes import run_python
 from safetensors.torch import load_file
 from training_setup import tiny_texts, tiny_tokenizer, write_model, write_texts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -93,9 +93,7 @@ def test_finetune_killed_and_run_again_ends_with_the_same_weights(
     run(monkeypatch, command("finetune", inputs, tmp_path / "whole", *options))
     arguments = command("finetune", inputs, tmp_path / "killed", *options)
     for moment in moments:
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, moment, *arguments], capture_output=True, text=True, check=False
-        )
+        killed = run_python("-c", KILLED, moment, *arguments)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not list((tmp_path / "killed").glob("*model.safetensors"))
     run(monkeypatch, arguments)

@@ -6,7 +6,6 @@ import io
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 from hf_asentmax.cli import main
 
@@ -29,7 +29,7 @@ def run_shell(command: str) -> str:
     """What a command prints. The package's own commands run in this process, which has imported what they need."""
     program, *words = shlex.split(command)
     if program == "python" and words[0] == "-c":
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        done = run_python(*words)
         assert done.returncode == 0, done.stderr
         return done.stdout
     with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:

@@ -90,7 +90,12 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(x, other[name]), name
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("groups_of_130",)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 @pytest.mark.usefixtures("nan_in_empty")
 def test_kernels_equal_the_dense_reference(case: str) -> None:
     leaves, options = build(CASES[case], torch.float32)
@@ -115,9 +120,7 @@ def test_kernels_of_long_sequences_in_float16_equal_the_dense_reference(
     assert_equals_dense(run(entmax_attention, leaves, options), leaves, options)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if keys(case) <= max(LONGEST.values()) and case != "groups_of_130"]
-)
+@pytest.mark.parametrize("case", [case for case in CASES if keys(case) <= max(LONGEST.values()) and case not in SLOW])
 @pytest.mark.usefixtures("nan_in_empty")
 def test_kernels_of_short_sequences_in_float32_equal_the_dense_reference(
     case: str, monkeypatch: pytest.MonkeyPatch

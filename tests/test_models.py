@@ -482,7 +482,11 @@ def test_model_trains_under_autocast(family: str, tokens: torch.Tensor) -> None:
 # Compiling
 
 
-@pytest.mark.parametrize("family", FOUND)
+# Attention's differences between families are among the others.
+SLOW = ("granite", "olmo2", "phi3", "qwen2", "smollm3")
+
+
+@pytest.mark.parametrize("family", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in FOUND])
 def test_model_compiles_whole(family: str, tokens: torch.Tensor) -> None:
     """One graph, the same loss and gradients; through aot_eager, which also traces the backward of the operators."""
     model = entmax_model(family, {**WINDOWS.get(family, {}), "max_window_layers": 0, "num_hidden_layers": 1})

@@ -106,6 +106,18 @@ def test_finetune_killed_and_run_again_ends_with_the_same_weights(
     assert [result["loss"] for result in results] == [results[0]["loss"]] * 2
 
 
+def test_evaluation_data_that_fill_no_batch_are_refused_before_training(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--eval_data", str(inputs / "b.jsonl"), "--max_eval_rows", "3", "--dataloader_drop_last"]
+    arguments = command("finetune", inputs, tmp_path, *options)
+    with pytest.raises(ValueError, match=r"must fill a batch of 8 rows.*got 3; lower per_device_eval_batch_size"):
+        run(monkeypatch, arguments)
+    assert not list(tmp_path.glob("*model.safetensors"))
+    run(monkeypatch, [*arguments, "--per_device_eval_batch_size", "3"])
+    assert "eval_loss" in json.loads((tmp_path / "results.json").read_text("utf-8"))
+
+
 def test_finetune_run_again_when_finished_trains_no_further(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

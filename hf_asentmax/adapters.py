@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from .checkpoints import BASE, write_json
 
@@ -60,6 +62,51 @@ def add_lora(
         modules_to_save=["query_scale"] if scale else None,
     )
     return get_peft_model(model, config)
+
+
+def _base(source: str) -> str:
+    """Where the model is: the base that an adapter's folder names, else the source itself."""
+    found = find_adapter_config_file(source)
+    return source if found is None else json.loads(Path(found).read_text("utf-8"))["base_model_name_or_path"]
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The configuration of a model, or of the base that an adapter names.
+
+    Args:
+        source: folder or Hub id.
+
+    Raises:
+        OSError: there is no such model.
+    """
+    return AutoConfig.from_pretrained(_base(source))
+
+
+def load_causal_model(source: str, *, config: PretrainedConfig | None = None, dtype: str = "float32") -> Any:
+    """A causal language model; of an adapter its base, with the adapter merged into the weights.
+
+    Args:
+        source: folder or Hub id.
+        config: takes the place of the model's own.
+        dtype: name of the weights' dtype.
+
+    Raises:
+        ValueError: the adapter is one of prompt learning, which no weights hold.
+        OSError: there is no such model.
+    """
+    base = _base(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=getattr(torch, dtype))
+    if base == source:
+        return model
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, source)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "the adapter must be one that merges into the weights, such as LoRA, got "
+            f"{adapted.active_peft_config.peft_type.value} in {source}; use peft.AutoPeftModelForCausalLM"
+        )
+    return adapted.merge_and_unload()
 
 
 def is_adapter(model: nn.Module) -> bool:

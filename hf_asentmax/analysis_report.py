@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from .adapters import load_causal_model, load_config
 from .analysis import attention_maps, attention_statistics, head_rows, join_statistics
 from .analysis_plots import (
     Row,
@@ -45,7 +46,9 @@ _CHARACTERS = 16  # of a text that are read for each token needed: more than tok
 class AnalysisArguments:
     """What to look into. Without --model: the pictures of formulas."""
 
-    model: list[str] = option([], "Folders or Hub ids of causal language models, softmax or ASEntmax.")
+    model: list[str] = option(
+        [], "Folders or Hub ids of causal language models or their adapters, softmax or ASEntmax."
+    )
     figures: list[str] = option(
         [],
         f"Pictures. Of formulas: {', '.join(FORMULA_FIGURES)}. Of models: {', '.join(MODEL_FIGURES)}. By default all "
@@ -134,7 +137,7 @@ def _check(args: AnalysisArguments) -> list[str]:
         raise ValueError(f"figures must be of formulas where no model is given, got {unfit!r}; give --model")
     if args.method and len(args.method) != len(args.model):
         raise ValueError(f"method must name each of the {len(args.model)} models, got {args.method!r}; name them all")
-    configs = [AutoConfig.from_pretrained(source) for source in args.model]
+    configs = [load_config(source) for source in args.model]
     names = args.method or [method_name(config) for config in configs]
     if len(set(names)) < len(names):
         raise ValueError(f"method must name each model differently, got {names!r}; name them with --method")
@@ -150,7 +153,7 @@ def _check(args: AnalysisArguments) -> list[str]:
 
 def load_model(source: str, dtype: str = "float32", device: str | None = None) -> Any:
     """A causal language model whose attention can be looked into; a softmax one computes what it did before."""
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    model = load_causal_model(source, dtype=dtype)
     if not hasattr(model.config, "entmax_alpha"):
         patch_model(model, method="softmax")
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .adapters import load_causal_model, load_config
 
 BARE = "none"
 ROPE_TYPES = ("yarn", "dynamic")  # as Transformers calls them
@@ -83,7 +85,7 @@ def load_extended(source: str, choice: str = BARE, *, dtype: str = "float32", de
     """A causal language model in eval mode, its RoPE as :func:`extend_rope` says.
 
     Args:
-        source: folder or Hub id.
+        source: folder or Hub id, also of an adapter.
         choice: "none", "yarn:FACTOR" or "dynamic:FACTOR".
         dtype: name of the weights' dtype.
         device: where to.
@@ -92,10 +94,9 @@ def load_extended(source: str, choice: str = BARE, *, dtype: str = "float32", de
         ValueError: as `extend_rope`.
         OSError: there is no such model.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = load_config(source)
     extend_rope(config, choice)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=getattr(torch, dtype))
-    return model.to(device).eval()
+    return load_causal_model(source, config=config, dtype=dtype).to(device).eval()
 
 
 @torch.no_grad()

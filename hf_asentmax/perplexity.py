@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .adapters import load_config
 from .checkpoints import write_json
 from .data import long_documents
 from .evaluation import beyond_context_note, evaluating, markdown_table, model_names, progress_bar
@@ -202,7 +203,9 @@ def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
 class PerplexityArguments:
     """What to evaluate, and on what."""
 
-    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    model: list[str] = field(
+        metadata={"help": "Folders or Hub ids of causal language models or their adapters, softmax or ASEntmax."}
+    )
     data: str = field(
         metadata={
             "help": "Held-out documents, text or tokens (input_ids): a file, glob, folder or Hub dataset id, as for "
@@ -237,7 +240,7 @@ def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
     """
     names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
     for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
-        extend_rope(AutoConfig.from_pretrained(source), rope)
+        extend_rope(load_config(source), rope)
     device = join_processes()
     read, enough = long_documents(
         args.data,

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .adapters import load_config
 from .evaluation import check_positive, evaluating, model_names, progress_bar, result_row, results_table
 from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
 from .haystack import Prompt, build_prompt, filler_sentences, read_sentences
@@ -198,7 +198,9 @@ def _scores(
 class RetrievalArguments:
     """What to evaluate, and on what."""
 
-    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    model: list[str] = field(
+        metadata={"help": "Folders or Hub ids of causal language models or their adapters, softmax or ASEntmax."}
+    )
     task: list[str] = option(["needle"], "What to retrieve.", tuple(TASKS))
     lengths: list[int] = option([512, 1024, 2048], "Tokens of prompt and answer together, at most.")
     depths: list[float] = option(
@@ -229,7 +231,7 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
     """
     names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
     for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
-        extend_rope(AutoConfig.from_pretrained(source), rope)
+        extend_rope(load_config(source), rope)
     device = join_processes()
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in args.task}
     for name, source, rope in zip(names, args.model, ropes, strict=True):

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_tokens, tiny_model
+from peft import AutoPeftModelForCausalLM, PromptTuningConfig, get_peft_model
 from processes import run_processes
 from retrieval_setup import VOCABULARY, byte_tokenizer, constant_model
 from training_setup import tiny_texts, write_model, write_texts
 from transformers import AutoModelForCausalLM
 
 from hf_asentmax import ladder, patch_model
+from hf_asentmax.adapters import add_lora, load_causal_model
 from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.perplexity import perplexity_by_length
 from hf_asentmax.retrieval import retrieve
@@ -70,6 +72,42 @@ def test_evaluate_perplexity_writes_what_it_prints(
     for row in results["by_length"]:
         assert f"{row['perplexity']:.2f}" in printed
     assert (tmp_path / "new" / "perplexity.png").read_bytes().startswith(PNG)
+
+
+def test_an_adapter_is_evaluated_with_all_that_it_trained(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_lora(AutoModelForCausalLM.from_pretrained(inputs / "asentmax"), str(tmp_path), r=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+                assert ".lora_" in name or ".query_scale." in name, name
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokens = [random_tokens(40, seed=i).tolist() for i in range(3)]
+    (tmp_path / "tokens.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in tokens))
+    data = ["--data", tmp_path / "tokens.jsonl", "--lengths", 16, 32, "--scored_tokens", 8, "--buckets", 0]
+    models = ["--model", tmp_path, inputs / "asentmax", "--method", "adapter", "base"]
+    run(monkeypatch, "evaluate_perplexity", *models, *data, "--output_dir", tmp_path / "out")
+    rows = read(tmp_path / "out" / "results.json")["by_length"]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    found = [row["losses"] for row in rows if row["method"] == "adapter"]
+    for length, losses in zip((16, 32), found, strict=True):
+        ids = torch.tensor([row[-length:] for row in tokens])
+        scores = loaded(ids).logits[:, -9:-1].double().log_softmax(-1)
+        expected = -scores.gather(-1, ids[:, -8:, None]).mean((1, 2))
+        torch.testing.assert_close(torch.tensor(losses).double(), expected, rtol=1e-5, atol=1e-5)
+    assert found[1] != pytest.approx(rows[-1]["losses"], rel=1e-3)  # the base
+    run(monkeypatch, "evaluate_retrieval", "--model", tmp_path, "--lengths", 400, "--samples", 1)
+    prompts = get_peft_model(load_causal_model(str(tmp_path)), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    prompts.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    prompts.save_pretrained(tmp_path / "prompts")
+    with pytest.raises(SystemExit, match="must be one that merges into the weights, such as LoRA, got PROMPT_TUNING"):
+        run(monkeypatch, "evaluate_retrieval", "--model", tmp_path / "prompts", "--lengths", 400, "--samples", 1)
+    picture = ["--model", tmp_path, "--figures", "scale", "--data", tmp_path / "tokens.jsonl", "--samples", 1]
+    run(monkeypatch, "analyze", *picture, "--lengths", 16, 32, "--output_dir", tmp_path / "pictures")
+    assert list((tmp_path / "pictures").glob("scale*.png"))
 
 
 def test_evaluate_perplexity_compares_models_on_the_same_tokens(

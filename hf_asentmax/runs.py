@@ -276,7 +276,7 @@ def run_training(
     Returns:
         What is written to results.json: settings, steps, losses, perplexity (of cross entropy), support, and the log.
     """
-    batch = args.per_device_eval_batch_size * args.world_size
+    batch = args.eval_batch_size * args.world_size
     if evaluation is not None and args.dataloader_drop_last and len(evaluation) < batch:
         raise ValueError(
             f"the evaluation data must fill a batch of {batch} rows where incomplete ones are left out "

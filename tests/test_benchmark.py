@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from dense_reference import dense_attention
 from test_plots import png_size
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_asentmax import entmax_attention
+from hf_asentmax import entmax_attention, patch_model
 from hf_asentmax.analysis import attention_support
 from hf_asentmax.benchmark.cases import benchmark_case
 from hf_asentmax.benchmark.command import BenchmarkArguments
@@ -35,8 +37,16 @@ from hf_asentmax.benchmark.implementations import (
     verdict,
 )
 from hf_asentmax.benchmark.inputs import BAND, BLOCK, CASES, Case, make_inputs, measure_support
-from hf_asentmax.benchmark.models import SIZES, ModelCase, benchmark_model, build_model, model_support
-from hf_asentmax.benchmark.report import crossings, decoding_table, generation_table
+from hf_asentmax.benchmark.models import (
+    SIZES,
+    CheckpointCase,
+    ModelCase,
+    benchmark_checkpoint,
+    benchmark_model,
+    build_model,
+    model_support,
+)
+from hf_asentmax.benchmark.report import crossings, decoding_table, generation_table, models_table
 from hf_asentmax.ops import reference
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmark_attention.py"
@@ -297,6 +307,53 @@ def test_models_are_trained_and_timed(attention: str, setting: str) -> None:
     assert row["case"] == f"{setting}_192"
     assert row["tokens_per_s"]["low"] > 0
     assert (row["support"] is None) == (attention == "softmax_sdpa")
+
+
+def write_trained(folder: Path) -> list[str]:
+    """A learned-alpha and a softmax checkpoint, and documents for them."""
+    torch.manual_seed(0)
+    for name in ("learned", "softmax"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**TINY_MODEL, initializer_range=0.2))
+        if name == "learned":
+            patch_model(model, method="learned_alpha", positions="nape")
+            for layer in model.model.layers:  # heads from almost softmax to almost sparsemax
+                layer.self_attn.query_scale.alpha_logit.data = torch.tensor([-3.0, -1.0, 1.0, 3.0])
+        model.save_pretrained(folder / name)
+    Dataset.from_dict({"input_ids": [[i * i % 127 for i in range(n)] for n in (150, 300, 500)]}).to_parquet(
+        folder / "long.parquet"
+    )
+    return [str(folder / name) for name in ("learned", "softmax", "long.parquet")]
+
+
+def test_checkpoints_train_on_their_documents(tmp_path: Path) -> None:
+    learned, softmax, data = write_trained(tmp_path)
+    rows = [
+        benchmark_checkpoint(CheckpointCase(source, 192, data, step_tokens=576), device=CPU) | {"run": 0}
+        for source in (learned, softmax)
+    ]
+    assert [row["implementation"] for row in rows] == [learned, softmax]
+    model = AutoModelForCausalLM.from_pretrained(learned)
+    own = attention_support(model, torch.tensor([[i * i % 127 for i in range(192)]]))
+    assert rows[0]["support"]["mean_support"] == pytest.approx(own.means()["support_size"], rel=0.05)  # bfloat16
+    assert rows[1]["support"] is None
+    lines = [[cell.strip() for cell in line.split("|")] for line in models_table(rows).splitlines()[2:]]
+    assert [(line[1], line[2], line[3]) for line in lines] == [(source, "192", "text") for source in (learned, softmax)]
+    share = rows[0]["tokens_per_s"]["median"] / rows[1]["tokens_per_s"]["median"]
+    assert [line[5] for line in lines] == [f"{share:.2f}", "1.00"]
+
+
+def test_checkpoints_need_documents_long_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, _, data = write_trained(tmp_path)
+    options = ["--device", "cpu", "--output_dir", tmp_path / "out", "--contexts", 16384, "--checkpoints", learned]
+    with pytest.raises(SystemExit, match="error: data must name the documents .* give --data"):
+        run_script(monkeypatch, *options)
+    with pytest.raises(SystemExit, match="error: documents must hold one of at least 16384 tokens"):
+        run_script(monkeypatch, *options, "--data", data)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"data must hold 4 parts of 192 tokens, none of two documents, got 3 in .*"):
+        benchmark_checkpoint(CheckpointCase(learned, 192, data, step_tokens=768), device=CPU)
+    with pytest.raises(ValueError, match="context must be between 1 and step_tokens = 768, got 1024"):
+        CheckpointCase(learned, 1024, data, step_tokens=768)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -24,7 +24,7 @@ from .decoding import DecodeCase, benchmark_decoding
 from .generation import CACHES, GenerationCase, benchmark_generation
 from .implementations import IMPLEMENTATIONS
 from .inputs import CASES, PATTERNS, Case
-from .models import ATTENTIONS, SETTINGS, ModelCase, benchmark_model
+from .models import ATTENTIONS, SETTINGS, CheckpointCase, ModelCase, benchmark_checkpoint, benchmark_model
 from .report import OURS, case_table, decoding_table, generation_table, models_table, plot_benchmark, tables
 
 SWEEPS = ("lengths", "sparsity")
@@ -38,7 +38,7 @@ DEFAULTS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure. Without --cases, --sweep, --decode, --models, --generation and --plot: all cases."""
+    """What to measure. Without --cases, --sweep, --decode, --models, --checkpoints, --generation, --plot: all cases."""
 
     cases: list[str] = option(
         [],
@@ -58,6 +58,14 @@ class BenchmarkArguments:
     models: bool = option(
         False, "Training tokens/s of a 120M Llama: ASEntmax with NAPE and with RoPE, and softmax with SDPA."
     )
+    checkpoints: list[str] = option(
+        [],
+        "Folders or Hub ids of trained models: training tokens/s of each on the documents of --data. What the others "
+        "are compared with is the first that has Transformers' own softmax.",
+    )
+    data: str | None = option(
+        None, "Documents of --checkpoints, as long as --contexts: a file, glob, folder or Hub id with a column 'text'."
+    )
     generation: bool = option(
         False,
         "Speed of generate() by length of the prompt, prefill and decoding: a 1.1B Llama with the same attentions.",
@@ -67,7 +75,9 @@ class BenchmarkArguments:
     )
     lengths: list[int] = option([2048, 4096, 8192, 16384, 32768, 65536], "Tokens of --sweep lengths.")
     sparsities: list[float] = option([0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98], "Block sparsities of --sweep sparsity.")
-    contexts: list[int] = option([2048, 8192, 32768], "Context lengths of --models; a step takes 32768 tokens.")
+    contexts: list[int] = option(
+        [2048, 8192, 32768], "Context lengths of --models and --checkpoints; a step takes 32768 tokens."
+    )
     prompts: list[int] = option([4096, 32768, 131072], "Tokens of the prompt of --generation.")
     caches: list[str] = option(
         list(CACHES), "Caches of --generation; Transformers compiles the decoding of a static one.", CACHES
@@ -100,7 +110,7 @@ class BenchmarkArguments:
     def chosen_cases(self) -> list[Case]:
         """The attention cases in order: the named ones, each followed by its twin with slopes, then the sweeps."""
         sizes = (self.batch, self.heads, self.kv_heads, self.tokens, self.head_dim, self.block_sparsity, self.pattern)
-        nothing = not (self.cases or self.sweep or self.decode or self.models or self.generation)
+        nothing = not (self.cases or self.sweep or self.decode or self.models or self.checkpoints or self.generation)
         names = [each for name in self.cases or (["all"] if nothing else []) for each in _named(name)]
         cases = [Case("custom", *sizes) if name == "custom" else CASES[name] for name in dict.fromkeys(names)]
         if self.nape:
@@ -126,6 +136,21 @@ class BenchmarkArguments:
             for context in self.contexts
             for attention in ATTENTIONS
             if self.models and not self.compile_only
+        ]
+
+    def chosen_checkpoints(self) -> list[CheckpointCase]:
+        """The measurements of checkpoints in order.
+
+        Raises:
+            ValueError: there are no documents to train on.
+        """
+        if self.checkpoints and self.data is None:
+            raise ValueError("data must name the documents that the checkpoints train on, got None; give --data")
+        return [
+            CheckpointCase(checkpoint, context, str(self.data))
+            for context in self.contexts
+            for checkpoint in self.checkpoints
+            if not self.compile_only
         ]
 
     def chosen_generation(self) -> list[GenerationCase]:
@@ -163,7 +188,8 @@ def run_benchmark(args: BenchmarkArguments) -> Iterator[str]:
             "device must be one that is there, got 'cuda' without a GPU that PyTorch can use; run on a machine with an "
             "NVIDIA GPU, draw former results with --plot results.json, or try --device cpu --cases custom --tokens 2048"
         )
-    cases, models, generation = args.chosen_cases(), args.chosen_models(), args.chosen_generation()
+    cases, generation = args.chosen_cases(), args.chosen_generation()
+    models: list[ModelCase | CheckpointCase] = [*args.chosen_models(), *args.chosen_checkpoints()]
     chosen = [IMPLEMENTATIONS[name] for name in args.implementations or DEFAULTS[device.type]]
     path = Path(args.output_dir) / "results.json"
     results = read_results(path)
@@ -192,7 +218,11 @@ def run_benchmark(args: BenchmarkArguments) -> Iterator[str]:
         bad += [step.name for row in rows if row["implementation"] == OURS and row["status"] != "ok"]
         yield decoding_table(rows)
     for model in tqdm(models, desc="models", unit="model", disable=not models):
-        row = benchmark_model(model, seed=args.seed, device=device) | {"run": len(results["runs"]) - 1}
+        if isinstance(model, CheckpointCase):
+            row = benchmark_checkpoint(model, device=device)
+        else:
+            row = benchmark_model(model, seed=args.seed, device=device)
+        row |= {"run": len(results["runs"]) - 1}
         _replace(results["models"], [row])
         _write(results, path)
         yield models_table([one for one in results["models"] if one["case"] == model.name])

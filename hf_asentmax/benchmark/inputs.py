@@ -10,6 +10,7 @@ second one) that attend to the tokens within 256 before them instead of a topic.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -193,7 +194,7 @@ def measure_support(
     query: Tensor,
     key: Tensor,
     *,
-    alpha: float = 1.5,
+    alpha: float | Sequence[float] = 1.5,
     scaling: float | None = None,
     query_scale: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -204,11 +205,13 @@ def measure_support(
     Args:
         query: (B, H, N, D), any floating dtype.
         key: (B, H_kv, N, D).
-        alpha, scaling, query_scale, alibi_slopes: as for :func:`hf_asentmax.entmax_attention`.
+        alpha: of all heads, or one for each.
+        scaling, query_scale, alibi_slopes: as for :func:`hf_asentmax.entmax_attention`.
         max_scores: most scores to compute; beyond it fewer heads are measured, evenly spread.
     """
     batch, heads, tokens, dim = query.shape
     group = heads // key.shape[1]
+    alphas = [alpha] * heads if isinstance(alpha, int | float) else alpha
     blocks = math.ceil(tokens / BLOCK)
     chunk = max(1, (1 << 26 if query.is_cuda else 1 << 20) // (BLOCK * tokens)) * BLOCK
     step = math.ceil(batch * heads * tokens**2 / max_scores)
@@ -227,7 +230,7 @@ def measure_support(
             if alibi_slopes is not None:
                 scores -= alibi_slopes[head] * distance
             scores.masked_fill_(distance < 0, -torch.inf)
-            support = reference.entmax_forward(scores, alpha) > 0
+            support = reference.entmax_forward(scores, alphas[head]) > 0
             pairs += support.sum()
             support = torch.nn.functional.pad(support, (0, -stop % BLOCK, 0, (start - stop) % BLOCK))
             filled += support.unflatten(1, (-1, BLOCK)).any(-1).unflatten(0, (-1, BLOCK)).any(1).sum()

@@ -1,9 +1,9 @@
-"""Training speed of a whole model: a Llama of 120 million parameters, softmax with SDPA against ASEntmax.
+"""Training speed of whole models: a Llama of 120 million parameters, softmax with SDPA against ASEntmax; checkpoints.
 
 Fresh weights attend almost evenly, so that hardly a block is without support; trained models aren't like that. The
 setting ``topics`` comes nearer to them: each aligned run of 64 tokens is drawn from one cluster of the vocabulary, the
 embeddings of a cluster share a direction, and queries are projected as keys are, so that a token looks for its own
-cluster. What block sparsity that gives is measured and reported, for both.
+cluster. What block sparsity that gives is measured and reported, for both. Of trained checkpoints it is that of text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from ..adapters import load_causal_model
 from ..configuration_asentmax import ASEntmaxLlamaConfig
+from ..data import long_documents
 from ..modeling_asentmax import ASEntmaxLlamaForCausalLM
 from ..ops.operators import OP_NAMESPACE
+from ..training import is_asentmax
 from .inputs import BLOCK, Case, Support, measure_support, topic_share
 from .timing import MIB, summary
 
@@ -62,12 +65,42 @@ class ModelCase:
 
     def __post_init__(self) -> None:
         check_choices(self, attention=ATTENTIONS, setting=SETTINGS)
-        if not 1 <= self.context <= self.step_tokens:
-            raise ValueError(f"context must be between 1 and step_tokens = {self.step_tokens}, got {self.context!r}")
+        check_context(self)
 
     @property
     def name(self) -> str:
         return f"{self.setting}_{self.context}"
+
+
+@dataclass(frozen=True)
+class CheckpointCase:
+    """One measurement of a trained model on text.
+
+    Attributes:
+        checkpoint: folder or Hub id, also of an adapter; softmax or ASEntmax.
+        context: tokens of a sequence, each from one document.
+        data: the documents, as :func:`hf_asentmax.data.load_documents` takes them.
+        step_tokens: tokens of a training step, in ``step_tokens // context`` sequences.
+    """
+
+    checkpoint: str
+    context: int
+    data: str
+    setting: str = "text"
+    step_tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        check_context(self)
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}_{self.context}"
+
+
+def check_context(case: ModelCase | CheckpointCase) -> None:
+    """Raise ValueError unless a step holds a sequence."""
+    if not 1 <= case.context <= case.step_tokens:
+        raise ValueError(f"context must be between 1 and step_tokens = {case.step_tokens}, got {case.context!r}")
 
 
 def check_choices(case: Any, **allowed: Iterable[str]) -> None:
@@ -93,12 +126,39 @@ def benchmark_model(
         softmax), measured before the first step.
     """
     model, input_ids = build_model(case, seed=seed, device=device, sizes=sizes)
+    return _row(case, case.attention) | _train(model, input_ids)
+
+
+def benchmark_checkpoint(case: CheckpointCase, *, device: torch.device) -> dict[str, Any]:
+    """Train a checkpoint on its documents for some steps, and time them; otherwise as :func:`benchmark_model`.
+
+    Raises:
+        ValueError: there are too few documents of so many tokens.
+        OSError: the checkpoint or the documents are missing.
+    """
+    model = load_causal_model(case.checkpoint, dtype="bfloat16").to(device).train()
+    sequences = case.step_tokens // case.context
+    _, documents = long_documents(case.data, [case.checkpoint], case.context, most=sequences)
+    parts = [ids[start : start + case.context] for ids in documents for start in range(0, len(ids), case.context)]
+    whole = [part for part in parts if len(part) == case.context][:sequences]
+    if len(whole) < sequences:
+        raise ValueError(
+            f"data must hold {sequences} parts of {case.context:,} tokens, none of two documents, got {len(whole)} in "
+            f"{case.data}; give more documents"
+        )
+    return _row(case, case.checkpoint) | _train(model, torch.tensor(whole, device=device))
+
+
+def _row(case: ModelCase | CheckpointCase, implementation: str) -> dict[str, Any]:
+    return {"case": case.name, "implementation": implementation, "settings": asdict(case)}
+
+
+def _train(model: Any, input_ids: Tensor) -> dict[str, Any]:
+    """The measured part of a row; the model trains on these tokens, the same in each step."""
+    device = input_ids.device
     row: dict[str, Any] = {
-        "case": case.name,
-        "implementation": case.attention,
-        "settings": asdict(case),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "support": None if ATTENTIONS[case.attention] is None else asdict(model_support(model, input_ids[:1])),
+        "support": asdict(model_support(model, input_ids[:1])) if is_asentmax(model) else None,
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=device.type == "cuda")
     if device.type == "cuda":
@@ -181,6 +241,8 @@ class _SupportOfCalls(TorchDispatchMode):
             given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
             names = ("scaling", "query_scale", "alibi_slopes")
             options = {name: given[name] for name in names}
+            alpha, heads = given["alpha"], given["query"].shape[1]
+            options["alpha"] = given["alpha_value"] if alpha is None else alpha.expand(heads).tolist()
             found = measure_support(given["query"], given["key"], **options, max_scores=1 << 32)
             self.found.append(found)
         return func(*args, **(kwargs or {}))

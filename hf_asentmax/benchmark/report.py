@@ -107,7 +107,7 @@ def models_table(rows: list[dict[str, Any]]) -> str:
     for group in _groups(rows):
         for row in group:
             speed, support, case = row["tokens_per_s"], row["support"], row["settings"]
-            same = [one for one in group if one["implementation"] == "softmax_sdpa" and one["run"] == row["run"]]
+            same = [one for one in group if one["support"] is None and one["run"] == row["run"]]
             ratio = f"{speed['median'] / same[0]['tokens_per_s']['median']:.2f}" if same else ""
             sparse = [f"{support['block_sparsity']:.2f}", f"{support['mean_support']:.0f}"] if support else ["", ""]
             memory = f"{row['peak_mib'] / 1024:.1f}" if row["peak_mib"] else ""

@@ -29,6 +29,7 @@ _IGNORED = {
     "cache_position",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
+    "ignore_index",
     "is_causal",
     "labels",
     "max_length_k",
@@ -37,6 +38,7 @@ _IGNORED = {
     "output_hidden_states",
     "position_ids",
     "return_dict",
+    "shift_labels",
     "sliding_window",
     "token_type_ids",
     "use_cache",
@@ -119,11 +121,10 @@ class ASEntmaxMixin(nn.Module):
         if kwargs.get("sliding_window") not in (None, window):  # the mask holds the module's own window
             unknown.add("sliding_window")
         if dropout or unknown:
-            what = "attention dropout" if dropout else f"the arguments {sorted(unknown)}"
-            raise NotImplementedError(
-                f"the {ATTENTION_NAME} attention does not handle {what}; set config.attention_dropout = 0, "
-                "and leave out arguments of other attention implementations"
-            )
+            what, remedy = f"the arguments {sorted(unknown)}", "leave out arguments of other attention implementations"
+            if dropout:
+                what, remedy = "attention dropout", "set config.attention_dropout = 0"
+            raise NotImplementedError(f"the {ATTENTION_NAME} attention does not handle {what}; {remedy}")
         alpha, scale = entmax_parameters
         slopes = self._own_slopes(query, attention_mask)
         if slopes is not None and scale is not None and self.config.positions == "nape":

@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_asentmax import CONFIG_CLASSES, auto_class
@@ -39,6 +39,7 @@ COMPANIONS = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COPY_BYTES = 1 << 24
@@ -116,6 +117,7 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         for path in sorted(folder.iterdir()):
             if any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, unfinished / path.name)
+        _name_tokenizer_class(folder, unfinished)
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
@@ -123,6 +125,23 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return target
+
+
+def _name_tokenizer_class(folder: Path, target: Path) -> None:
+    """Write down the tokenizer's class that the source loads with. For some families Transformers goes by the model
+    type, whatever tokenizer_config.json says, and of the class named there it would make another tokenizer."""
+    path = target / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    try:
+        name = type(AutoTokenizer.from_pretrained(folder)).__name__
+    except Exception as error:  # code of its own, a library that is missing: it is copied as it is
+        logger.warning(f"The tokenizer of {folder} is copied unseen, since it does not load here: {error}")
+        return
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written.get("tokenizer_class") not in (name, name.removesuffix("Fast")):
+        text = json.dumps(written | {"tokenizer_class": name}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _local_folder(source: str | os.PathLike[str]) -> Path:

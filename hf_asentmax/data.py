@@ -61,7 +61,7 @@ class DataArguments:
     )
     eval_data: str | None = field(default=None, metadata=_help("Held-out text, any source that --data takes."))
     eval_split: str = field(default="train", metadata=_help("Split of --eval_data."))
-    max_eval_rows: int | None = field(default=None, metadata=_help("Evaluate on at most so many rows."))
+    max_eval_rows: int | None = field(default=None, metadata=_help("Evaluate on the first so many rows."))
 
 
 def load_documents(

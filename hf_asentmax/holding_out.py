@@ -75,13 +75,15 @@ def hold_out(
         sizes.append(len(text or ""))
         prints.append(hashlib.sha256((text or "").encode()).hexdigest())
     total = len(sizes)
-    # A document by itself is known by its text, as its place changes with those before it.
-    names = prints if group_column is None else [str(name) for name in documents[group_column]]
+    # A document by itself, or without a group, is known by its text, as its place changes with those before it.
+    names = prints
+    if group_column is not None:
+        names = [own if name is None else str(name) for own, name in zip(prints, documents[group_column], strict=True)]
     places = range(total) if order_column is None else documents[order_column]
     groups: dict[str, list[int]] = {}
     for i in sorted(range(total), key=lambda i: (names[i], places[i] is not None, places[i])):
         members = groups.setdefault(names[i], [])
-        if group_column is not None or not members:  # else a copy, which leaves with it
+        if names[i] != prints[i] or not members:  # else a copy, which leaves with it
             members.append(i)
 
     def rank(identity: str) -> bytes:

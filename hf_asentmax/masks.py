@@ -97,6 +97,11 @@ def _first_visible(mask_function: Callable, position: Tensor, kv_length: int, kv
 
 def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -> tuple[Tensor, Tensor]:
     """First and last + 1 real key of each row, (B,) each; keys beyond the mask are not there yet."""
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be 2-D (batch, tokens), got {tuple(attention_mask.shape)}; mark padding by zeros, "
+            "packed documents by position_ids"
+        )
     missing = kv_length - attention_mask.shape[-1]
     if isinstance(kv_offset, Tensor) or kv_offset:
         columns = torch.arange(kv_length, device=attention_mask.device) + kv_offset
@@ -106,13 +111,16 @@ def _unpadded(attention_mask: Tensor, kv_length: int, kv_offset: int | Tensor) -
         mask = attention_mask[:, :kv_length] if missing <= 0 else attention_mask
     count = mask.sum(-1)
     start = mask.to(torch.int32).argmax(-1)
-    if not torch.compiler.is_compiling():
-        reach = mask.shape[-1] - mask.flip(-1).to(torch.int32).argmax(-1)
-        if bool(((start + count != reach) & (count > 0)).any()):
-            raise ValueError(
-                "attention_mask must hide keys only before and after each row's tokens, got a row with a hole in it; "
-                "pad each row on one side, or pack documents and mark them by position_ids"
-            )
+    reach = mask.shape[-1] - mask.flip(-1).to(torch.int32).argmax(-1)
+    whole = ((start + count == reach) | (count == 0)).all()
+    message = (
+        "attention_mask must hide keys only before and after each row's tokens, got a row with a hole in it; "
+        "pad each row on one side, or pack documents and mark them by position_ids"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(whole, message)
+    elif not bool(whole):
+        raise ValueError(message)
     return start, start + count
 
 

@@ -44,6 +44,10 @@ class ASEntmaxModelMixin(PreTrainedModel):
         config = copy.copy(config)  # its own: set_alpha must not reach another model
         config.base_model_tp_plan = {**(config.base_model_tp_plan or {}), **tensor_parallel_plan(config)}
         super().__init__(config, *args, **kwargs)
+        for module in self.modules():
+            if type(module.__dict__.get("config")) is type(config):
+                # One for all: a base model inside, built by this method too, has made its own.
+                module.config = config  # type: ignore[assignment]
         swap_classes(self)
         self.post_init()
 

@@ -207,9 +207,18 @@ def _native_config(config: Any) -> PreTrainedConfig:
     return native
 
 
+def _keep_changes(config: Any, original: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of before, with what else was changed since (an embedding resized, a padding token set)."""
+    ours = {field.name for field in fields(ASEntmaxConfigMixin)} | {"auto_map", "architectures", "_name_or_path"}
+    ours |= {name for name in vars(config) if name.startswith("_attn_implementation")}
+    vars(original).update({name: value for name, value in vars(config).items() if name not in ours})
+    return original
+
+
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Turns an ASEntmax model into the family's own softmax model, in place: the parameters of the query scale are
-    dropped and every other weight stays. A model patched by :func:`patch_model` becomes exactly what it was.
+    dropped and every other weight stays. A model patched by :func:`patch_model` becomes exactly what it was, but for
+    what has been changed since.
 
     Raises:
         TypeError: the model isn't an ASEntmax model, or has adapters.
@@ -232,7 +241,11 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in model.named_modules():
         config = module.__dict__.get("config")
         if isinstance(config, ASEntmaxConfigMixin):
-            module.config = configs.get(name) or derived.setdefault(id(config), _native_config(config))
+            if name not in configs:
+                configs[name] = derived.setdefault(id(config), _native_config(config))
+            elif id(config) not in derived:
+                derived[id(config)] = _keep_changes(config, configs[name])
+            module.config = configs[name]
         module.__class__ = native.get(type(module), type(module))
     _set_hooks(attentions, hooks, remove=False)
     if patch is None:
@@ -266,8 +279,12 @@ def set_alpha(model: nn.Module, alpha: float, *, as_tensor: bool = False) -> Non
     trial.entmax_alpha = alpha
     trial.validate_entmax()
     scheduled: dict[torch.device, Tensor] = {}
+    for module in model.modules():  # a model around ours may hold another config than the layers
+        own = module.__dict__.get("config")
+        for held in (own, *(getattr(own, name, None) for name in getattr(own, "sub_configs", {}))):
+            if isinstance(held, ASEntmaxConfigMixin):
+                held.entmax_alpha = float(alpha)
     for layer in layers:
-        layer.config.entmax_alpha = float(alpha)
         device = layer.o_proj.weight.device
         if as_tensor and device not in scheduled:
             scheduled[device] = torch.tensor(float(alpha), device=device)

@@ -47,9 +47,16 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int) -> Tens
     """
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, -scored - 1 : -1]
     head, targets = model.get_output_embeddings(), input_ids[:, -scored:]
+    scaling = getattr(model.config, "logits_scaling", None)  # Granite's
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
+
+    def finished(logits: Tensor) -> Tensor:
+        logits = logits if scaling is None else logits / scaling
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     step = max(1, LOGITS_AT_ONCE // (head.weight.shape[0] * len(input_ids)))
     losses = [
-        F.cross_entropy(head(part).float().transpose(1, 2), target, reduction="none")
+        F.cross_entropy(finished(head(part)).float().transpose(1, 2), target, reduction="none")
         for part, target in zip(hidden.split(step, dim=1), targets.split(step, dim=1), strict=True)
     ]
     return torch.cat(losses, dim=1)
@@ -61,7 +68,8 @@ def perplexity_by_length(
     """Perplexity of the final tokens of each document at several context lengths.
 
     Only documents of at least ``max(lengths)`` tokens count, at every length; of each the last ``max(lengths)`` tokens
-    are used. Processes share the documents.
+    are used, at every length behind the token that begins a sequence where all documents begin with it. Processes share
+    the documents.
 
     Args:
         model: a causal language model; it is run in eval mode.
@@ -85,9 +93,12 @@ def perplexity_by_length(
             f"documents must hold one of at least {longest} tokens, the longest has "
             f"{max(map(len, documents), default=0)}; lower the lengths or give longer documents"
         )
+    begin = model.config.get_text_config().bos_token_id
+    kept = 1 if begin is not None and all(ids[0] == begin for ids in used) else 0
     rows = []
     for length in lengths:
-        found = _losses(model, [ids[-length:] for ids in share(used)], scored, f"{length} tokens")
+        parts = [[*ids[:kept], *ids[len(ids) - length + kept :]] for ids in share(used)]
+        found = _losses(model, parts, scored, f"{length} tokens")
         losses = gathered([float(own.mean()) for own in found])
         about = {"documents": len(losses), "tokens": len(losses) * scored, "losses": losses}
         rows.append({"length": length} | _interval(np.asarray(losses)) | about)

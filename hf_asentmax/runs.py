@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import claim_output_dir, write_json
 from .losses import LOSSES, output_loss
-from .methods import METHODS, method_settings
+from .methods import METHODS, method_name, method_settings
 from .options import option
 from .packing import PackedDataset, PackedStream
 from .patching import patch_model, set_alpha
@@ -38,7 +38,7 @@ WITHOUT_INFLUENCE = ("eval_data", "eval_split", "max_eval_rows", "support_tokens
 INFLUENTIAL = (
     "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
+    "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16", "dataloader_drop_last", "neftune_noise_alpha",
 )  # fmt: skip
 
 
@@ -46,9 +46,10 @@ INFLUENTIAL = (
 class RunArguments:
     """What the attention becomes and how it is trained, beside what TrainingArguments say."""
 
-    attention: str = option(
-        "asentmax",
-        "The method: 'asentmax', or one to compare with, such as 'softmax' (alpha 1 and no query scale throughout).",
+    attention: str | None = option(
+        None,
+        "The method: 'asentmax' (the default; of an ASEntmax checkpoint its own), or one to compare with, such as "
+        "'softmax' (alpha 1 and no query scale throughout).",
         tuple(METHODS),
     )
     query_scaling: str | None = option(
@@ -104,14 +105,19 @@ class RunArguments:
             )
         if self.settings["entmax_alpha_learned"] and (self.alpha, self.alpha_start) != (None, None):
             raise ValueError(
-                f"alpha must be left out where it is learned, as by {self.attention!r}, got --alpha {self.alpha!r} and "
+                f"alpha must be left out where it is learned, as by {self.method!r}, got --alpha {self.alpha!r} and "
                 f"--alpha_start {self.alpha_start!r}; remove them, or choose another method with --attention"
             )
 
     @property
+    def method(self) -> str:
+        """The method that a softmax model gets."""
+        return self.attention or "asentmax"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The method's configuration values."""
-        return method_settings(self.attention)
+        return method_settings(self.method)
 
     @property
     def target_alpha(self) -> float:
@@ -150,7 +156,9 @@ def begin_run(args: TrainingArguments, *groups: Any) -> tuple[dict[str, Any], st
         settings |= asdict(group)
     resume = settings["resume"]
     settings = {name: value for name, value in settings.items() if name not in WITHOUT_INFLUENCE}
-    settings |= {name: str(getattr(args, name)) for name in INFLUENTIAL} | {"world_size": args.world_size}
+    # The workers of a stream share out its files.
+    trainer = (*INFLUENTIAL, *(["dataloader_num_workers"] if settings.get("streaming") else []))
+    settings |= {name: str(getattr(args, name)) for name in trainer} | {"world_size": args.world_size}
     main = args.process_index == 0
     with args.main_process_first(local=False, desc="claiming the output folder"):
         checkpoint = claim_output_dir(
@@ -181,7 +189,7 @@ def load_for_finetuning(
     schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=1.0, target=run.target_alpha)
     patch_model(
         model,
-        method=run.attention,
+        method=run.method,
         alpha=None if schedule is None else schedule.start,
         query_scaling=run.query_scaling,
         positions=run.positions or "rope",
@@ -218,7 +226,7 @@ def build_from_config(
     schedule = None if learned else run.schedule(start=alpha, target=alpha)
     patch_model(
         model,
-        method=run.attention,
+        method=run.method,
         alpha=None if schedule is None else schedule.start,
         query_scaling=run.query_scaling,
         positions=run.positions or "rope",
@@ -237,6 +245,11 @@ def _as_asked(model: Any, run: RunArguments, path: str) -> tuple[PreTrainedModel
                 f"{name} must be {getattr(config, name)!r} as {path} has it, got {wanted!r}; "
                 "leave it out, or begin with a softmax model"
             )
+    if run.attention is not None and not _has_method(config, run):
+        raise ValueError(
+            f"attention must be {method_name(config)!r} as {path} has it, got {run.attention!r}; "
+            "leave --attention out, or begin with a softmax model"
+        )
     if config.entmax_alpha_learned:
         if run.alpha is not None or run.alpha_start is not None:
             raise ValueError(f"alpha must be left out where {path} learns it, got {run.alpha!r}; remove --alpha")
@@ -244,6 +257,16 @@ def _as_asked(model: Any, run: RunArguments, path: str) -> tuple[PreTrainedModel
     schedule = run.schedule(start=config.entmax_alpha, target=config.entmax_alpha)
     set_alpha(model, schedule.start)
     return model, schedule
+
+
+def _has_method(config: Any, run: RunArguments) -> bool:
+    """Whether a model's attention is of the method that is asked for, but for an alpha that may move."""
+    wanted: dict[str, Any] = run.settings
+    alpha = wanted.pop("entmax_alpha")
+    if run.query_scaling is not None:
+        del wanted["query_scaling"]  # asked for by itself, and compared before
+    moves = run.alpha is not None or config.entmax_alpha_learned or run.method.startswith("asentmax")
+    return (moves or config.entmax_alpha == alpha) and all(getattr(config, k) == v for k, v in wanted.items())
 
 
 def run_training(

@@ -116,11 +116,17 @@ class AlphaSchedule(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.settle(kwargs["model"], state)
+        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        (self._settle_on_best if best else self.settle)(kwargs["model"], state)
 
     def settle(self, model: nn.Module, state: TrainerState) -> None:
         """Give the model the alpha of the current step as a float: the target, unless training stops early."""
         set_alpha(model, self.alpha_at(state.global_step, state.max_steps))
+
+    def _settle_on_best(self, model: nn.Module, state: TrainerState) -> None:
+        """Give a model with the weights of the best checkpoint the alpha with which it was evaluated and saved."""
+        step = int(str(state.best_model_checkpoint).rpartition("-")[2])
+        set_alpha(model, self.alpha_at(step - 1, state.max_steps))
 
 
 class ASEntmaxTrainer(Trainer):
@@ -144,7 +150,9 @@ class ASEntmaxTrainer(Trainer):
     def __init__(
         self, *args: Any, query_scale_learning_rate: float | None = None, support_tokens: int = 256, **kwargs: Any
     ) -> None:
-        if isinstance(kwargs.get("train_dataset"), (PackedDataset, PackedStream)):
+        evaluation = kwargs.get("eval_dataset")
+        given = [kwargs.get("train_dataset"), *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+        if any(isinstance(data, (PackedDataset, PackedStream)) for data in given):
             # The default for a tokenizer pads, and an attention_mask would join the packed documents.
             kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(*args, **kwargs)
@@ -169,6 +177,12 @@ class ASEntmaxTrainer(Trainer):
         accumulated = self.args.gradient_accumulation_steps
         self.train_dataset.begin = lambda: self.state.global_step * accumulated
         return DataLoader(self.train_dataset, batch_size=None)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The Trainer's, which leaves out biases; and without what other query scales and a learned alpha have in their
+        place."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if QUERY_SCALE not in name or name.endswith(".weight")]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a parameter group of their own for the query scale's parameters."""

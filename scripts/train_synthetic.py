@@ -33,6 +33,7 @@ from hf_asentmax.tasks import TASKS, RetrievalTask, build_task, save_task
 PRUNING_BATCHES = 8  # that tell which heads a model needs
 # The defaults of every task, and what a recipe has in place of them.
 DEFAULTS: dict[str, Any] = {
+    "attention": "asentmax",
     "positions": "nape",
     "max_steps": 26000,
     "per_device_train_batch_size": 1024,
@@ -181,7 +182,7 @@ def main() -> None:
     overrides |= {} if run.query_scaling is None else {"query_scaling": run.query_scaling}
     model = build_synthetic_model(
         task,
-        run.attention,
+        run.method,
         positions=run.positions,
         family=choice.family,
         length=choice.max_length,

@@ -153,6 +153,8 @@ CASES: dict[str, dict[str, Any]] = {
     "identical_keys": {"keys": "identical", "T": 111, "N": 111, "H": 1},
     "identical_keys_alpha_1.3": {"keys": "identical", "H": 1, "alpha": (1.3,)},
     "one_huge_key": {"keys": "huge", "scale": 1},
+    # Which rows the solver's first step takes past the equal ones depends on how far the one key is above them.
+    "a_key_above_many_equal_ones": {"keys": "sink", "T": 64, "N": 700, "H": 1, "is_causal": False, "scaling": 1.0},
     "scores_of_1e4": {"scaling": 1000.0, "alpha": (1.5,), "scale": 1},
     "scores_of_-1e4": {"scaling": 1000.0, "scale": -1, "slopes": (0.0, 0.1)},
     "transposed": {"K": 2, "layout": ("transposed",), "T": 20, "N": 40, "scale": 1},
@@ -175,6 +177,11 @@ def build(case: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> tupl
             leaves["key"][:] = leaves["key"][:, :, :1]
         case "huge":
             leaves["key"][:, :, N // 3] *= 300
+        case "sink":
+            leaves["query"][..., 0] = torch.linspace(1.0, 2.5, T)
+            leaves["query"][..., 1:] = 0.0
+            leaves["key"][..., 0] *= 0.005
+            leaves["key"][:, :, N // 3, 0] = 1.0
     leaves = {name: x.to(device, dtype) for name, x in leaves.items()}
     layout = case.pop("layout", ())
     if transposed := "transposed" in layout:

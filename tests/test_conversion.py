@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import FAMILIES, random_tokens, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -227,3 +230,35 @@ def test_converted_checkpoint_is_of_the_package(tmp_path: Path) -> None:
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_asentmax_llama.ASEntmaxLlamaForCausalLM"
     assert config["architectures"] == ["ASEntmaxLlamaForCausalLM"]
     assert isinstance(AutoModelForCausalLM.from_pretrained(path), hf_asentmax.ASEntmaxForCausalLM)
+
+
+def test_converted_tokenizer_is_that_of_the_source(tmp_path: Path) -> None:
+    """OLMo 2 loads its tokenizer.json as it is, whatever class tokenizer_config.json names."""
+    source = tmp_path / "native"
+    tiny_model("olmo2").save_pretrained(source)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["the fox 1234567 jumps 1234567"] * 20, trainer)
+    tokenizer.save(str(source / "tokenizer.json"))
+    named = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
+    convert_checkpoint(source, tmp_path / "converted")
+    assert (tmp_path / "converted" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    text = "the fox 1234567"
+    expected = AutoTokenizer.from_pretrained(source).tokenize(text)
+    assert expected[-7:] == list("1234567")
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted").tokenize(text) == expected
+
+
+def test_tokenizer_that_does_not_load_is_copied_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "native")
+    (tmp_path / "native" / "tokenizer_config.json").write_text('{"tokenizer_class": "Unheard"}', encoding="utf-8")
+    transformers.utils.logging.enable_propagation()
+    convert_checkpoint(tmp_path / "native", tmp_path / "converted")
+    transformers.utils.logging.disable_propagation()
+    assert "is copied unseen" in caplog.text
+    assert read_json(tmp_path / "converted" / "tokenizer_config.json") == {"tokenizer_class": "Unheard"}

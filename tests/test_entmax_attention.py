@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from dense_reference import dense_attention, dense_entmax
 from helpers import TOLERANCE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from hf_asentmax import entmax_attention
+from hf_asentmax import entmax, entmax_attention
 from hf_asentmax.ops import reference
 from hf_asentmax.ops.attention import attention_from_intervals
+from hf_asentmax.ops.baselines import adaptive_temperature_attention, topk_attention
 
 OPS = torch.ops.hf_asentmax
 GRADIENTS = ("query", "key", "value", "query_scale", "alpha")
@@ -508,3 +511,57 @@ def test_entmax_attention_of_16384_tokens_fits_in_6_gb() -> None:
     finished = subprocess.run([sys.executable, "-c", LONG_RUN], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) < 6e9
+
+
+@pytest.mark.parametrize("operation", ["attention", "entmax"])
+def test_torch_func_differentiates_and_forward_mode_is_refused(operation: str) -> None:
+    query, key, value = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(3))
+    scale, alpha = torch.rand(2, 2, 5, dtype=torch.float64) + 0.5, torch.tensor([1.3, 1.6], dtype=torch.float64)
+
+    def loss(query: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
+        if operation == "entmax":
+            return entmax(query * scale[..., None], alpha=alpha[:, None, None]).square().sum()
+        return entmax_attention(query, key, value, is_causal=True, alpha=alpha, query_scale=scale).square().sum()
+
+    inputs = (query, alpha, scale)
+    expected = torch.autograd.grad(loss(*(leaves := [x.clone().requires_grad_() for x in inputs])), leaves)
+    for ours, theirs in zip(torch.func.grad(loss, argnums=(0, 1, 2))(*inputs), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    rows = torch.stack([query, 2 * query])
+    each = torch.func.vmap(torch.func.grad(loss), (0, None, None))(rows, alpha, scale)
+    assert torch.equal(each[0], expected[0])
+    assert torch.equal(torch.func.vmap(loss, (0, None, None))(rows, alpha, scale)[1], loss(rows[1], alpha, scale))
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda x: loss(x, alpha, scale), (query,), (key,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        loss(forward_ad.make_dual(query, key), alpha, scale)
+    with pytest.raises(NotImplementedError, match="has no derivative"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x, alpha, scale).square().sum())(query)
+
+
+def test_autocast_leaves_scores_and_sums_in_float32() -> None:
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    for function in (
+        partial(entmax_attention, alpha=1.5),
+        partial(topk_attention, k=8),
+        adaptive_temperature_attention,
+    ):
+        expected = function(query, 3 * key, value, is_causal=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(function(query, 3 * key, value, is_causal=True), expected)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    expected = torch.autograd.grad(entmax_attention(*leaves, is_causal=True).sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(entmax_attention(*leaves, is_causal=True).sum(), leaves)
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_small_integers_do_not_wrap_where_padding_begins_late() -> None:
+    query, key, value = (torch.randn(1, 1, 300, 8) for _ in range(3))
+    start, length = torch.tensor([200]), torch.tensor([100])
+    expected = entmax_attention(query, key, value, is_causal=True, key_start=start, key_length=length)
+    ours = entmax_attention(
+        query, key, value, is_causal=True, key_start=start.to(torch.uint8), key_length=length.to(torch.uint8)
+    )
+    assert expected.ne(0).any()
+    assert torch.equal(ours, expected)

@@ -17,7 +17,7 @@ from hf_asentmax.data import load_documents
 from hf_asentmax.holding_out import BETWEEN, HeldOut, hold_out
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "hold_out.py"
-Rows = list[tuple[str, int, str]]  # group, place in it, text
+Rows = list[tuple[str | None, int, str]]  # group, place in it, text
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,10 @@ def test_script_writes_three_files_and_refuses_a_folder_in_use(
     assert counts == [591, 2, 3]
     with pytest.raises(ValueError, match="output_dir must be a new or an empty folder"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_documents_without_a_group_are_no_group(write: Callable[[Rows], str]) -> None:
+    texts = [f"{i}".ljust(32, ".") for i in range(40)]
+    rows = [(None, 0, text) for text in texts] + [("book", i, f"page {i}".ljust(16, ".")) for i in range(2)]
+    parts = held_out([write(rows)], long=41, short=0)
+    assert sorted(parts.long["text"])[: len(texts)] == sorted(texts)

@@ -65,6 +65,7 @@ HALF_CASES = (
     "not_causal",
     "identical_keys",
     "one_huge_key",
+    "a_key_above_many_equal_ones",
     "scores_of_-1e4",
     "transposed_and_strided",
 )

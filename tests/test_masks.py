@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import random_tokens, tiny_config
 from hypothesis import example, given, settings
 from test_patching import entmax_model, native_model
 from torch import Tensor
@@ -334,3 +334,21 @@ def test_decoding_adds_few_operations_a_layer(monkeypatch: pytest.MonkeyPatch) -
     )
     assert softmax > 50
     assert all(count - softmax <= 21 for count in ours), (softmax, ours)
+
+
+def test_compiled_mask_with_a_hole_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = entmax_model()
+    tokens, mask = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    mask[0, :2] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(compiled(tokens, attention_mask=mask).logits, expected)
+    mask[0, 4] = 0
+    with pytest.raises(RuntimeError, match="attention_mask must hide keys only before and after"):
+        compiled(tokens, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 9, 9)])
+def test_mask_of_other_dimensions_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must be 2-D \(batch, tokens\), got \("):
+        entmax_model()(random_tokens(2, 9), attention_mask=torch.ones(shape, dtype=torch.int64))

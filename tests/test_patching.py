@@ -12,6 +12,8 @@ from helpers import CLASSES, FAMILIES, TOLERANCE, random_tokens, tiny_config, ti
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -227,3 +229,45 @@ def test_set_alpha_follows_the_model_to_its_device() -> None:
     set_alpha(model, 1.2, as_tensor=True)
     model.to("meta")
     assert model(torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.shape == (1, 3, 64)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_set_alpha_reaches_what_a_loaded_classifier_saves(kind: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
+    patch_model(kind.from_config(tiny_config("llama", pad_token_id=0))).save_pretrained(tmp_path / "first")
+    model = kind.from_pretrained(tmp_path / "first")
+    assert {id(module.config) for module in model.modules() if hasattr(module, "config")} == {id(model.config)}
+    set_alpha(model, 2.0)
+    model.resize_token_embeddings(70)
+    assert model.model.config.vocab_size == 70
+    model.save_pretrained(tmp_path / "second")
+    again = kind.from_pretrained(tmp_path / "second")
+    assert again.config.entmax_alpha == 2.0
+    assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_set_alpha_reaches_the_config_of_a_model_around() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = entmax_model()
+            self.config = copy.deepcopy(self.inner.config)
+
+    model = Around()
+    set_alpha(model, 1.25)
+    assert model.config.entmax_alpha == model.inner.config.entmax_alpha == 1.25
+
+
+def test_unpatch_keeps_what_was_changed_since(tokens: torch.Tensor, tmp_path: Path) -> None:
+    native = native_model("llama")
+    before = native.config
+    model = patch_model(native)
+    model.resize_token_embeddings(70)
+    model.config.pad_token_id = 5
+    unpatch_model(model)
+    assert model.config is before
+    assert (before.vocab_size, before.pad_token_id) == (70, 5)
+    assert not hasattr(before, "entmax_alpha")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.equal(again(tokens, labels=tokens).loss, model.eval()(tokens, labels=tokens).loss)

@@ -150,6 +150,8 @@ def test_finetune_saves_a_model_that_loads_and_can_be_trained_on(
     tokens = model.generate(random_tokens(1, 4), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 8)
     on = ["--model", str(tmp_path / "a"), "--max_steps", "1"]
+    with pytest.raises(ValueError, match="attention must be 'asentmax_static' as .* has it, got 'entmax'"):
+        run(monkeypatch, command("finetune", inputs, tmp_path / "c", "--attention", "entmax", *on))
     with pytest.raises(ValueError, match="query_scaling must be 'static' as .* has it, got 'adaptive'"):
         run(monkeypatch, command("finetune", inputs, tmp_path / "b", *on, "--query_scaling", "adaptive"))
     run(monkeypatch, command("finetune", inputs, tmp_path / "c", *on))

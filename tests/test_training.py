@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import random_tokens, tiny_model
-from training_setup import arguments, rows
+from training_setup import arguments, rows, tiny_tokenizer
 from transformers import TrainerCallback, TrainerState
 
 from hf_asentmax import patch_model
@@ -254,3 +254,39 @@ def test_trainer_trains_in_mixed_precision(tmp_path: Path) -> None:
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["ssmax", "learned_alpha", "asentmax_static", "asentmax"])
+def test_weight_decay_leaves_the_start_of_every_query_scale_alone(method: str, tmp_path: Path) -> None:
+    model = patch_model(tiny_model("llama"), method=method)
+    trainer = ASEntmaxTrainer(model, arguments(tmp_path, weight_decay=0.1), train_dataset=rows())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    scale = {name for name in decayed if ".query_scale." in name}
+    assert {name.rpartition(".")[2] for name in scale} == ({"weight"} if method == "asentmax" else set())
+    assert any("q_proj" in name for name in decayed)
+    assert {names[id(p)] for group in groups for p in group["params"]} == set(names.values())
+
+
+def test_best_model_at_the_end_has_the_alpha_it_was_evaluated_with(tmp_path: Path) -> None:
+    steps = {"max_steps": 8, "eval_steps": 2, "save_steps": 2, "eval_strategy": "steps", "save_strategy": "steps"}
+    args = arguments(tmp_path, **steps, learning_rate=0.5, load_best_model_at_end=True)  # it only gets worse
+    model = sparse_model()
+    schedule = AlphaSchedule(2.0, start=1.0, fraction=1.0)
+    trainer = ASEntmaxTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), callbacks=[schedule])
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    config = json.loads((Path(best) / "config.json").read_text(encoding="utf-8"))
+    assert config["entmax_alpha"] == model.config.entmax_alpha < 2.0
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_trainer_that_only_evaluates_keeps_packed_documents_apart(tmp_path: Path) -> None:
+    losses = [
+        ASEntmaxTrainer(
+            tiny_model("llama"), arguments(tmp_path), eval_dataset=rows(), processing_class=tiny_tokenizer(), **train
+        ).evaluate()["eval_loss"]
+        for train in ({}, {"train_dataset": rows()})
+    ]
+    assert losses[0] == losses[1]

@@ -17,7 +17,8 @@ def check_alpha(alpha: float | Tensor, name: str = "alpha") -> tuple[Tensor | No
     if isinstance(alpha, Tensor):
         if not alpha.is_floating_point():
             raise TypeError(f"{name} must be a floating point tensor, got {alpha.dtype}; pass float32")
-        if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+        hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # values can't be read
+        if alpha.device.type == "cpu" and not hidden:
             outside = (alpha < MIN_ALPHA) | (alpha > MAX_ALPHA) | alpha.isnan()
             if bool(outside.any()):
                 raise ValueError(_alpha_rule(name, alpha.detach().tolist()))
@@ -130,6 +131,9 @@ def check_tensors(
         )
     if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
         raise ValueError(f"alibi_slopes must have shape (heads,) = ({heads},), got {tuple(alibi_slopes.shape)}")
+    readable = alibi_slopes is not None and alibi_slopes.device.type == "cpu" and not torch.compiler.is_compiling()
+    if alibi_slopes is not None and readable and bool((alibi_slopes < 0).any()):
+        raise ValueError(f"alibi_slopes must not be negative, got {alibi_slopes.tolist()}; distance lowers a score")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient: slopes are constants; detach them")
 
@@ -192,7 +196,7 @@ def entmax_attention(
         alpha: a float in [1, 2] (1 is softmax), or a tensor of shape () or (H,) that may require a gradient.
         scaling: factor of the products, D^-0.5 by default.
         query_scale: float32 (B, H, T), factor of each query's scores.
-        alibi_slopes: (H,), 0 for a head without a bias; needs ``is_causal``.
+        alibi_slopes: (H,), not negative, 0 for a head without a bias; needs ``is_causal``.
         is_causal: query i sees no key after its own position.
         window: query i sees the keys j with ``0 <= i - j < window``; needs ``is_causal``.
         query_offset: position of the first query: an int, or an integer tensor of shape () or (B,). By default the

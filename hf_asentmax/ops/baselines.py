@@ -182,6 +182,7 @@ def _row_chunks(query: Tensor, key: Tensor, first: Tensor, last: Tensor) -> Iter
             yield reference._Rows(query, key, first, last, rows, keys)
 
 
+@reference.without_autocast
 def _attend(
     weights: Callable[[Tensor], Tensor],
     query: Tensor,
@@ -230,6 +231,7 @@ def _topk(
     )
 
 
+@reference.without_autocast
 def _topk_backward(
     grad_out: Tensor,
     query: Tensor,

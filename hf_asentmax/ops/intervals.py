@@ -51,6 +51,6 @@ def key_intervals(
     if key_start is not None:
         first = torch.maximum(first, key_start[:, None].to(i))
     if key_length is not None:
-        start = key_start if key_start is not None else torch.zeros_like(key_length)
-        last = torch.minimum(last, (start + key_length)[:, None].to(i))
+        end = key_length.to(i) if key_start is None else key_start.to(i) + key_length.to(i)  # not in the caller's dtype
+        last = torch.minimum(last, end[:, None])
     return tuple(x.to(torch.int32).contiguous() for x in torch.broadcast_tensors(first, last))

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -268,8 +269,19 @@ def _entmax_autograd(ctx, grad):  # type: ignore[no-untyped-def]
     return dscores, dalpha.sum_to_size(alpha.shape).to(alpha.dtype) if alpha_grad else None, None
 
 
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _transforms() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def call(name: str):  # type: ignore[no-untyped-def]
-    """The registered operator of that name."""
+    """The registered operator of that name; or the same as an autograd.Function, which torch.func can differentiate,
+    and which refuses forward-mode derivatives (of an operator they would be zero)."""
+    if not torch.compiler.is_compiling() and _transforms():
+        return _FUNCTIONS[name].apply
     return getattr(getattr(torch.ops, OP_NAMESPACE), name)
 
 
@@ -280,7 +292,7 @@ def _run(name: str, eager, *arguments):  # type: ignore[no-untyped-def]
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or _transforms()
         or torch.jit.is_tracing()
         or any(isinstance(x, Tensor) and (type(x) not in plain or x.is_meta) for x in arguments)
     ):
@@ -291,6 +303,23 @@ def _run(name: str, eager, *arguments):  # type: ignore[no-untyped-def]
 def define(name: str, function, fake, autograd=None, context=None) -> None:  # type: ignore[no-untyped-def]
     """Register a custom operator once. A checkpoint's own copy of this code may be executed several times in one
     process; its namespace carries the code's hash, so an operator that is already there is the same operator."""
+
+    def no_derivative(*_: object) -> None:
+        raise NotImplementedError(f"{name} must not be differentiated: it has no derivative; ask for first ones only")
+
+    def vmap(info, dims, *arguments):  # type: ignore[no-untyped-def]
+        each = (
+            [x if dim is None else x.select(dim, i) for x, dim in zip(arguments, dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        results = [call(name)(*inputs) for inputs in each]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    parts = {"forward": function, "setup_context": context or (lambda *_: None), "backward": autograd or no_derivative}
+    parts["vmap"] = vmap
+    _FUNCTIONS[name] = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in parts.items()})
     if hasattr(getattr(torch.ops, OP_NAMESPACE), name):
         return
     op = torch.library.custom_op(f"{OP_NAMESPACE}::{name}", function, mutates_args=())

@@ -21,6 +21,8 @@ Scores, thresholds and sums are float32 for inputs of at most 32 bits and float6
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,22 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which scores and sums of inputs of ``dtype`` are held: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """The function with its products in the dtype of their factors: autocast would make them 16-bit ones, scores and
+    sums of float32 too."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def _exponent(alpha: Alpha) -> Alpha:
@@ -198,6 +216,7 @@ def _chunks(first: Tensor, last: Tensor, batch: int, heads: int) -> list[tuple[s
     return chunks
 
 
+@without_autocast
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -230,6 +249,7 @@ def attention_forward(
     return out, thresholds
 
 
+@without_autocast
 def attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -275,6 +295,7 @@ def attention_backward(
     return dq, dk.to(key.dtype), dv.to(value.dtype), dr, dalpha
 
 
+@without_autocast
 def attention_weights(
     query: Tensor,
     key: Tensor,

@@ -147,7 +147,7 @@ def _candidates_kernel(
             bound = reach * norm + slope * (steps * STEP + STEP - 1 - origin).to(tl.float32)
             floor = tl.min(tl.where(visible, threshold, NOTHING), 0) - depth(ALPHA)
             out_of_reach = word * STEPS + tl.sum((bound <= floor).to(tl.int32), 0)
-            if out_of_reach > start:
+            if (out_of_reach > start) & (slope >= 0.0):  # the bounds rise with the key
                 start = out_of_reach
                 next_stop = begin
         bits = tl.zeros((BLOCK, TILES), tl.int32)

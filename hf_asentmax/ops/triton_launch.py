@@ -15,6 +15,7 @@ from triton.runtime.errors import OutOfResources
 LARGEST_HEAD_DIM = 256
 LARGEST_GROUP = 256  # query heads of a key/value head: what the lists of the keys' kernel have bits for
 _HAS_FAST_LOG = torch.version.cuda is not None and not triton.knobs.runtime.interpret
+_WIDEST_STRIDE = 1 << 23  # of a token, in elements: the places of 256 tokens from the first are int32
 _MOST_HEADS = 65535  # what a grid holds along its second axis
 _LISTS_AT_ONCE = 1 << 24  # entries of the transient lists of tiles: 64 MiB
 # Sizes that change from call to call: Triton would compile anew for a 1 and for a multiple of 16, to no gain.
@@ -128,7 +129,7 @@ class Problem:
                     f"head dim of {name} must be at most {LARGEST_HEAD_DIM} on a GPU, got {x.shape[-1]}; "
                     "split the heads, or call on CPU tensors"
                 )
-            if x.stride(-1) != 1:
+            if x.stride(-1) != 1 or x.stride(2) > _WIDEST_STRIDE:
                 setattr(self, name, x.contiguous())
         self.first, self.last = self.first.contiguous(), self.last.contiguous()
         for name in ("query_scale", "slopes", "alpha"):

@@ -169,7 +169,7 @@ lm-eval gives the accuracy of the greedy word with its standard error, and the p
         """\
 examples:
   %(prog)s --data held-out.parquet --samples 2000 --output_dir runs/cloze
-  then:   lm_eval --model hf --model_args pretrained=runs/nape,trust_remote_code=True --include_path runs/cloze
+  then:   lm_eval --model hf --model_args pretrained=runs/nape,trust_remote_code=True --include_path runs/cloze \\
               --tasks cloze --batch_size 16
 """,
     ),

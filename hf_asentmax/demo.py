@@ -209,6 +209,8 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
         pictures=[picture],
         title="ASEntmax demo: Max Retrieval",
         name=str(args.output_dir),
+        prompt="7:v3 490:v1 12:v8 ?",  # the value of the largest priority
+        new_tokens=1,
         training=_training_text(args),
     )
     return {"results": results, "losses": losses, "seconds": seconds, "table": table}

@@ -125,7 +125,9 @@ def synthetic_ladder(
 class LadderArguments:
     """What to evaluate, and on what."""
 
-    model: list[str] = field(metadata={"help": "Folders or Hub ids of causal language models, softmax or ASEntmax."})
+    model: list[str] = field(
+        metadata={"help": "Folders or Hub ids of causal language models or their adapters, softmax or ASEntmax."}
+    )
     task: str | None = option(None, "The task; by default the one of task.json.", sorted(TASKS))
     task_options: str | None = option(
         None, "Options of the task as JSON, such as '{\"values\": 10}'; else task.json's, else defaults."

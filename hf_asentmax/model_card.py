@@ -108,6 +108,8 @@ def render_model_card(
     pictures: Sequence[str] = (),
     title: str | None = None,
     name: str | None = None,
+    prompt: str = "Once upon a time",
+    new_tokens: int = 40,
     training: str | None = None,
     license: str | None = "apache-2.0",
 ) -> str:
@@ -123,6 +125,8 @@ def render_model_card(
         pictures: names of image files in the folder.
         title: heading; the folder's name by default.
         name: what the loading example loads; the title by default.
+        prompt: what it gives to a model that has a tokenizer.
+        new_tokens: how many tokens it generates.
         training: how the model was trained, in Markdown.
         license: of the weights, an identifier of the Hub.
 
@@ -158,6 +162,8 @@ def render_model_card(
     )
     count = sum(prod(entry.shape) for tensors in weights.values() for entry in tensors.values())
     set_up = {key: value for key, value in config.items() if value is not None and value is not False}  # 0 is a setting
+    if config["query_scaling"] == "none":
+        set_up = {key: value for key, value in set_up.items() if not key.startswith("query_scale_")}
     settings = [(label, set_up[key]) for key, label in _SETTINGS if key in set_up]
     tokenizer = has_tokenizer(folder)
     task = load_task(None, folder) if not tokenizer and (Path(folder) / SETTINGS_FILE).is_file() else None
@@ -166,6 +172,8 @@ def render_model_card(
         template_str=(files(f"{__package__}.model_cards") / "template.md").read_text(encoding="utf-8"),
         title=title,
         name=name or title,
+        prompt=prompt,
+        new_tokens=new_tokens,
         family=str(config["model_type"]).removeprefix("asentmax_"),
         auto_class=loader,
         tokenizer=tokenizer,

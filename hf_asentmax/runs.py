@@ -59,8 +59,8 @@ class RunArguments:
     )
     positions: str | None = option(
         None,
-        "rope (the family's own, the default), nope, alibi, or nape (half ALiBi, half NoPE: the paper's best). A "
-        "pretrained model keeps what it knows with rope only.",
+        "rope (the family's own; what pretrain.py and finetune.py take by default), nope, alibi, or nape (half ALiBi, "
+        "half NoPE: the paper's best). A pretrained model keeps what it knows with rope only.",
         POSITIONS,
     )
     alpha: float | None = option(
@@ -298,6 +298,8 @@ def run_training(
 
     Returns:
         What is written to results.json: settings, steps, losses, perplexity (of cross entropy), support, and the log.
+        eval_loss is the Trainer's, the mean over rows of their batch's mean over tokens, so that where rows have
+        different numbers of labels it depends on the batch size; train_loss and train_runtime are of the last start.
     """
     batch = args.eval_batch_size * args.world_size
     if evaluation is not None and args.dataloader_drop_last and len(evaluation) < batch:

@@ -25,7 +25,7 @@ examples:
   python scripts/benchmark_attention.py --sweep lengths sparsity               what the picture shows
   python scripts/benchmark_attention.py --models                               training tokens/s of a 120M Llama
   python scripts/benchmark_attention.py --checkpoints runs/softmax runs/asentmax --data long.parquet   the same, trained
-  python scripts/benchmark_attention.py --generation --prompts 4096 32768      generate() of a 1.1B Llama
+  python scripts/benchmark_attention.py --generation --prompts 4096 32768      generate() of a 1.04B Llama
   python scripts/benchmark_attention.py --cases huge --implementations asentmax sdpa_flash      memory at 128K tokens
   python scripts/benchmark_attention.py --plot runs/benchmark/results.json     draw again; needs no GPU
 AdaSplash-2 compiles and tunes 60 kernels for each length. To do that in parallel, ahead of the run above:

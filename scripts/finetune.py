@@ -20,7 +20,7 @@ from hf_asentmax.runs import RunArguments, begin_run, load_for_finetuning, run_t
 
 EXAMPLE = """
 examples:
-  python scripts/finetune.py --model SmolLM2-135M --data books.parquet --sequence_length 1024 --max_steps 500
+  python scripts/finetune.py --model SmolLM2-135M --data books.parquet --sequence_length 1024 --max_steps 500 \\
       --per_device_train_batch_size 4 --learning_rate 1e-4 --query_scale_learning_rate 1e-3 --output_dir runs/smollm2
   the softmax twin, same data and order:   ... --attention softmax --output_dir runs/smollm2-softmax
   an adapter only:                         ... --lora_r 16 --output_dir runs/smollm2-lora

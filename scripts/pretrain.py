@@ -20,7 +20,7 @@ from hf_asentmax.runs import RunArguments, begin_run, build_from_config, run_tra
 
 EXAMPLE = """
 examples:
-  python scripts/pretrain.py --config config.json --tokenizer SmolLM2-135M --data 'corpus/*.parquet' --streaming
+  python scripts/pretrain.py --config config.json --tokenizer SmolLM2-135M --data 'corpus/*.parquet' --streaming \\
       --sequence_length 1024 --max_steps 20000 --per_device_train_batch_size 32 --positions nape --output_dir runs/nape
   the softmax twin, same data and order:   ... --attention softmax --output_dir runs/softmax
   the same by Transformers' own model:     ... --attention softmax --attn_implementation sdpa --output_dir runs/sdpa

@@ -21,7 +21,7 @@ from hf_asentmax.options import HelpFormatter
 
 EXAMPLE = """
 example:
-  python scripts/push_to_hub.py --model runs/smollm2 --repo_id me/SmolLM2-135M-asentmax --dry-run
+  python scripts/push_to_hub.py --model runs/smollm2 --repo_id me/SmolLM2-135M-asentmax --dry-run \\
       --base_model HuggingFaceTB/SmolLM2-135M-Instruct --results runs/smollm2/results.json --pictures runs/needle.png
 """
 

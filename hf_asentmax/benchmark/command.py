@@ -68,7 +68,7 @@ class BenchmarkArguments:
     )
     generation: bool = option(
         False,
-        "Speed of generate() by length of the prompt, prefill and decoding: a 1.1B Llama with the same attentions.",
+        "Speed of generate() by length of the prompt, prefill and decoding: a 1.04B Llama with the same attentions.",
     )
     implementations: list[str] = option(
         [], "What to compare; by default all that run on the device, sdpa_math only on a CPU.", tuple(IMPLEMENTATIONS)

@@ -267,7 +267,15 @@ def set_alpha(model: nn.Module, alpha: float, *, as_tensor: bool = False) -> Non
     Raises:
         ValueError: alpha is out of range, no layer is ASEntmax, or alpha is learned.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, ASEntmaxMixin)]
+    layers: list[Any] = []
+    configs: dict[int, Any] = {}  # a model around ours may hold another than the layers
+    for module in model.modules():
+        if isinstance(module, ASEntmaxMixin):
+            layers.append(module)
+        held = module.__dict__.get("config")
+        if isinstance(held, PreTrainedConfig) and id(held) not in configs:
+            for own in (held, *(getattr(held, name, None) for name in held.sub_configs)):
+                configs[id(own)] = own
     if not layers:
         raise ValueError(
             f"model must have ASEntmax attention layers, got {type(model).__name__}; call patch_model first"
@@ -279,11 +287,9 @@ def set_alpha(model: nn.Module, alpha: float, *, as_tensor: bool = False) -> Non
     trial.entmax_alpha = alpha
     trial.validate_entmax()
     scheduled: dict[torch.device, Tensor] = {}
-    for module in model.modules():  # a model around ours may hold another config than the layers
-        own = module.__dict__.get("config")
-        for held in (own, *(getattr(own, name, None) for name in getattr(own, "sub_configs", {}))):
-            if isinstance(held, ASEntmaxConfigMixin):
-                held.entmax_alpha = float(alpha)
+    for own in configs.values():
+        if isinstance(own, ASEntmaxConfigMixin):
+            own.entmax_alpha = float(alpha)
     for layer in layers:
         device = layer.o_proj.weight.device
         if as_tensor and device not in scheduled:

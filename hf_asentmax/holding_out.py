@@ -94,8 +94,8 @@ def hold_out(
     able = [name for name in groups if fewest <= chars[name] <= limit]
     if len(able) < long:
         raise ValueError(
-            f"long must be at most {len(able)}, the groups of {fewest} to {limit:.0f} characters, got {long}; lower it "
-            "or the fewest characters, or name another group column"
+            f"long must be at most {len(able)}, the number of groups that have {fewest} to {limit:.0f} characters, "
+            f"got {long}; lower it or the fewest characters, or name another group column"
         )
     chosen = sorted(able, key=rank)[:long]
     gone = set(chosen)

@@ -427,6 +427,7 @@ BAD: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
     "scale_dtype": ({"query_scale": Q[..., 0].half()}, ValueError, ("query_scale", "float32", "float16")),
     "slopes_shape": ({"alibi_slopes": torch.ones(2)}, ValueError, ("alibi_slopes", "(4,)", "(2,)")),
     "slopes_learned": ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, ("alibi_slopes", "detach")),
+    "slopes_negative": ({"alibi_slopes": -torch.ones(4)}, ValueError, ("alibi_slopes", "negative", "[-1.0, ")),
     "slopes_not_causal": (
         {"alibi_slopes": torch.ones(4), "is_causal": False},
         ValueError,

@@ -100,7 +100,7 @@ def test_a_group_that_is_much_of_the_corpus_stays_in_training(write: Callable[[R
     parts = held_out([write(rows)], long=20, short=0)
     assert "book" not in parts.long["group"]
     assert parts.train["group"] == ["book"]
-    with pytest.raises(ValueError, match=r"long must be at most 20, the groups of 30 to 35 characters, got 21"):
+    with pytest.raises(ValueError, match=r"at most 20, the number of groups that have 30 to 35 characters, got 21"):
         held_out([write([*corpus(groups=20, files=1, size=32), ("book", 0, "y" * 400)])], long=21)
 
 

@@ -131,9 +131,6 @@ def check_tensors(
         )
     if alibi_slopes is not None and tuple(alibi_slopes.shape) != (heads,):
         raise ValueError(f"alibi_slopes must have shape (heads,) = ({heads},), got {tuple(alibi_slopes.shape)}")
-    readable = alibi_slopes is not None and alibi_slopes.device.type == "cpu" and not torch.compiler.is_compiling()
-    if alibi_slopes is not None and readable and bool((alibi_slopes < 0).any()):
-        raise ValueError(f"alibi_slopes must not be negative, got {alibi_slopes.tolist()}; distance lowers a score")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient: slopes are constants; detach them")
 
@@ -257,6 +254,9 @@ def checked_intervals(
     """The intervals of keys that the queries of :func:`entmax_attention` see, its arguments checked, and what these
     alone tell of the intervals: the ``is_causal`` of :func:`attention_from_intervals`."""
     check_tensors(query, key, value, query_scale, alibi_slopes)
+    readable = alibi_slopes is not None and alibi_slopes.device.type == "cpu" and not torch.compiler.is_compiling()
+    if alibi_slopes is not None and readable and bool((alibi_slopes < 0).any()):
+        raise ValueError(f"alibi_slopes must not be negative, got {alibi_slopes.tolist()}; distance lowers a score")
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
     if not is_causal and (window is not None or alibi_slopes is not None):
         raise ValueError("window and alibi_slopes must go with is_causal=True, got is_causal=False; leave them out")

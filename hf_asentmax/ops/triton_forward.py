@@ -6,8 +6,8 @@ tiles that lie below; interpolation between the two is the threshold (further pa
 what the step left. They are two, because the first needs few registers: the more of its programs run at once.
 
 The law and what is held of it: ``triton_common.py``. Memory beside the output: a second tensor of its size, 8 bytes a
-query, one bit a pair of tiles, and lists of tiles of at most 64 MiB. No atomics on floating point numbers: the same
-inputs give the same bits.
+query, one bit a pair of tiles, and lists of tiles of at most 64 MiB or, where they are longer, one head's. No atomics
+on floating point numbers: the same inputs give the same bits.
 
 Source: arXiv 2506.16640.
 """

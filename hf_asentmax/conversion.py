@@ -134,7 +134,7 @@ def _name_tokenizer_class(folder: Path, target: Path) -> None:
     if not path.is_file():
         return
     try:
-        name = type(AutoTokenizer.from_pretrained(folder)).__name__
+        name = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
     except Exception as error:  # code of its own, a library that is missing: it is copied as it is
         logger.warning(f"The tokenizer of {folder} is copied unseen, since it does not load here: {error}")
         return

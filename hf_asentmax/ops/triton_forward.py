@@ -43,10 +43,11 @@ from .triton_short import attend_short, serves_short
 _SOLVE = (Config(4, 2, {}, 96), Config(4, 2), Config(4, 1))  # the first for narrow heads
 _OUTPUT = (Config(4, 3, {}, 168), Config(4, 3), Config(4, 2), Config(4, 1))  # likewise
 # How far a threshold may be off, in units of z, to be mended by a step of first order, which leaves (keys in support) *
-# step^2 of the mass: 2e-3 at most for a 16-bit output. Of float32 the backward's mean has to be near the root too.
+# step^2 of the mass: 2e-3 at most for a 16-bit output. Of float32 the backward's mean has to be near the root too: as
+# near as rounding lets it, relative to a threshold above 1.
 MENDABLE = tl.constexpr(9e-4)
 MENDABLE_SHARE = tl.constexpr(2e-3)
-MENDABLE_EXACT = tl.constexpr(2e-6)
+MENDABLE_FLOAT32 = tl.constexpr(2e-6)
 # The second threshold of a pass, in units of 1 / (sum of g). Simulated on topics, Gaussian and equal scores of 2,048 to
 # 32,768 keys: with 0.3, in 0 to 6 % of the tiles a row is left off by more than MENDABLE; with 0.1 in 0 to 69 %.
 AHEAD = tl.constexpr(0.3)
@@ -203,6 +204,7 @@ def _output_kernel(
             # larger one (of a row in thousands) is done again. Where many keys lie just below a threshold that is too
             # high, the step goes far below the root; from there each nears it, and three or four are enough.
             keys = (count * TILE).to(tl.float32)
+            mendable = MENDABLE_FLOAT32 if q.dtype == tl.float32 else MENDABLE
             acc = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
             mean = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
             mass = tl.zeros((TILE,), tl.float32)
@@ -210,8 +212,7 @@ def _output_kernel(
             step = tl.zeros((TILE,), tl.float32)
             residual = 1.0
             for _ in range(0, 8):
-                far = residual > MENDABLE_EXACT if EXACT else residual > MENDABLE
-                if far | (keys * residual * residual > MENDABLE_SHARE):
+                if (residual > mendable) | (keys * residual * residual > MENDABLE_SHARE):
                     threshold += step
                     acc = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
                     mean = tl.zeros((TILE, BLOCK_DIM_V), tl.float32)
@@ -234,6 +235,8 @@ def _output_kernel(
                             mean = tl.dot(g.to(v.dtype), v, mean, input_precision="ieee")
                     step = tl.where(visible, newton_step(mass, slopes, e, ALPHA), 0.0)
                     residual = tl.max(tl.abs(step), 0)
+                    if q.dtype == tl.float32:
+                        residual = tl.max(tl.abs(step) / tl.maximum(1.0, tl.abs(threshold)), 0)
 
             if ALPHA == 3:
                 mean = acc

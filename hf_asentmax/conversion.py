@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import logging
 
 from .configuration_asentmax import CONFIG_CLASSES, auto_class
@@ -39,7 +40,6 @@ COMPANIONS = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
 ]  # fmt: skip
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COPY_BYTES = 1 << 24
@@ -130,7 +130,7 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
 def _name_tokenizer_class(folder: Path, target: Path) -> None:
     """Write down the tokenizer's class that the source loads with. For some families Transformers goes by the model
     type, whatever tokenizer_config.json says, and of the class named there it would make another tokenizer."""
-    path = target / TOKENIZER_CONFIG
+    path = target / TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return
     try:

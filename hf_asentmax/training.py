@@ -116,17 +116,15 @@ class AlphaSchedule(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        best = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        (self._settle_on_best if best else self.settle)(kwargs["model"], state)
+        if args.load_best_model_at_end and state.best_global_step:
+            # The weights are the best checkpoint's, and so is alpha: that of its last step.
+            set_alpha(kwargs["model"], self.alpha_at(state.best_global_step - 1, state.max_steps))
+        else:
+            self.settle(kwargs["model"], state)
 
     def settle(self, model: nn.Module, state: TrainerState) -> None:
         """Give the model the alpha of the current step as a float: the target, unless training stops early."""
         set_alpha(model, self.alpha_at(state.global_step, state.max_steps))
-
-    def _settle_on_best(self, model: nn.Module, state: TrainerState) -> None:
-        """Give a model with the weights of the best checkpoint the alpha with which it was evaluated and saved."""
-        step = int(str(state.best_model_checkpoint).rpartition("-")[2])
-        set_alpha(model, self.alpha_at(step - 1, state.max_steps))
 
 
 class ASEntmaxTrainer(Trainer):

@@ -336,7 +336,7 @@ def test_decoding_adds_few_operations_a_layer(monkeypatch: pytest.MonkeyPatch) -
     assert all(count - softmax <= 21 for count in ours), (softmax, ours)
 
 
-def test_compiled_mask_with_a_hole_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_mask_with_a_hole_raises() -> None:
     model = entmax_model()
     tokens, mask = random_tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

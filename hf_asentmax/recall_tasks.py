@@ -210,8 +210,7 @@ class MultiTokenRecall:
                 "change the length, fill or words"
             )
         mark, colon, blank, first = range(len(SPECIAL), len(SPECIAL) + 4)
-        vocabularies = _words(self.symbols, self.words, self.word_seed, generator.device)
-        key, value = (first + words[distinct(pairs, self.words, batch_size, generator)] for words in vocabularies)
+        key, value = (first + words for words in self._choose(batch_size, pairs, generator))
         pair = torch.cat([key, key.new_full((batch_size, pairs, 1), colon), value], 2)
         slot = torch.arange(pairs + 1, device=key.device) * length // pairs
         # Of a slot's tokens the last five can't be where a pair starts: its other four and the blank behind come there.
@@ -222,6 +221,48 @@ class MultiTokenRecall:
         marks = asked.new_full((batch_size, self.queries, 1), mark)
         query, answer = (torch.cat([marks, word.gather(1, asked)], 2).flatten(1) for word in (key, value))
         return source_to_target(torch.cat([source, query], 1), answer)
+
+    def _choose(self, batch_size: int, pairs: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """Distinct keys and distinct values for each sequence, (B, n, 2) each, as numbers of symbols."""
+        vocabularies = _words(self.symbols, self.words, self.word_seed, generator.device)
+        return [words[distinct(pairs, self.words, batch_size, generator)] for words in vocabularies]
+
+
+@dataclass(frozen=True)
+class CrowdedRecall(MultiTokenRecall):
+    """MQMTAR to train on, with hard negatives: in a share of the sequences all words come from few symbols.
+
+    Among 64 tokens two of 256 symbols seldom meet again, among 65,536 always: there some other key shares a symbol with
+    the one that is asked for while its value begins like the answer. A crowded sequence, of any length, is full of such
+    pairs. It draws `crowd` symbols, and takes the words that are made of them alone, others where these are too few.
+    The rest of the sequences are MQMTAR's own, and so are vocabularies, lengths and layout of all.
+
+    Args:
+        share: of the sequences that are crowded, on average.
+        crowd: symbols of such a sequence.
+    """
+
+    share: float = 0.25
+    crowd: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("mqmtar", 2, crowd=self.crowd)
+        if self.crowd > self.symbols or not 0 <= self.share <= 1:
+            raise ValueError(
+                f"mqmtar share must be in [0, 1] and crowd at most symbols={self.symbols}, "
+                f"got {self.share!r} and {self.crowd}; correct them"
+            )
+
+    def _choose(self, batch_size: int, pairs: int, generator: torch.Generator) -> list[torch.Tensor]:
+        chosen = distinct(self.crowd, self.symbols, batch_size, generator)
+        crowded = rand(batch_size, 1, generator=generator) < self.share
+        inside = torch.zeros(batch_size, self.symbols, dtype=torch.bool, device=chosen.device)
+        inside = inside.scatter(1, chosen, crowded.expand_as(chosen))
+        return [
+            words[(rand(batch_size, self.words, generator=generator) + inside[:, words].all(2)).topk(pairs).indices]
+            for words in _words(self.symbols, self.words, self.word_seed, generator.device)
+        ]
 
 
 @lru_cache(maxsize=8)

@@ -26,6 +26,7 @@ from hf_asentmax.ladder import synthetic_ladder
 from hf_asentmax.options import HelpFormatter
 from hf_asentmax.plots import write_report
 from hf_asentmax.pruning import PruneHeads, zero_heads
+from hf_asentmax.recall_tasks import CrowdedRecall
 from hf_asentmax.runs import RunArguments, begin_run, run_training, summary
 from hf_asentmax.synthetic import TaskStream, build_synthetic_model
 from hf_asentmax.tasks import TASKS, RetrievalTask, build_task, save_task
@@ -121,12 +122,28 @@ class SyntheticArguments:
             "of further batches may rise, in nats a token; 0 keeps all. They may do harm beyond the training length."
         },
     )
+    hard_negatives: float = field(
+        default=0.0,
+        metadata={
+            "help": "MQMTAR: share of the training sequences whose words come from 16 symbols, so that many are nearly "
+            "what is asked for, as among very many words; 0 to 1. Validation and test stay as they are."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.sizes is not None and (len(self.sizes) != 4 or min(self.sizes) < 1):
             raise ValueError(f"sizes must be layers, width, heads and MLP width, all positive, got {self.sizes!r}")
         if not 0 <= self.prune_tolerance < math.inf:
             raise ValueError(f"prune_tolerance must be at least 0 and finite, got {self.prune_tolerance!r}; try 1e-5")
+        if not 0 <= self.hard_negatives <= 1 or (self.hard_negatives and self.task != "mqmtar"):
+            raise ValueError(
+                "hard_negatives must be in [0, 1], and 0 but for the task mqmtar, "
+                f"got {self.hard_negatives!r} for {self.task}; leave it out"
+            )
+
+    def training_task(self, task: RetrievalTask) -> RetrievalTask:
+        """What is trained on: the task, or MQMTAR with hard negatives."""
+        return CrowdedRecall(**vars(task), share=self.hard_negatives) if self.hard_negatives else task
 
 
 def as_trained(args: TrainingArguments) -> torch.autocast:
@@ -189,8 +206,9 @@ def main() -> None:
         sizes=None if choice.sizes is None else tuple(choice.sizes),
         **overrides,
     )
+    trained = choice.training_task(task)
     train = TaskStream(
-        task,
+        trained,
         args.per_device_train_batch_size,
         (choice.min_length, choice.max_length),
         seed=args.seed,
@@ -200,7 +218,7 @@ def main() -> None:
     )
     callbacks = []
     if choice.prune_tolerance:
-        loss = pruning_loss(task, (choice.min_length, choice.max_length), args)
+        loss = pruning_loss(trained, (choice.min_length, choice.max_length), args)
         callbacks.append(PruneHeads(loss, tolerance=choice.prune_tolerance))
     results = run_training(
         model,

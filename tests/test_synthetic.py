@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from hf_asentmax import METHODS
 from hf_asentmax.methods import method_name
+from hf_asentmax.recall_tasks import CrowdedRecall
 from hf_asentmax.synthetic import QUERY_NORM, SIZES, TaskStream, build_synthetic_model
 from hf_asentmax.tasks import IGNORED, TASKS, build_task, load_task
 
@@ -219,6 +220,22 @@ def test_heads_cut_at_half_of_the_steps_stay_cut(tmp_path: Path, monkeypatch: py
         weights = load_file(tmp_path / "model.safetensors")
         assert all(torch.equal(weights[name], x) for name, x in expected.items())
         shutil.rmtree(tmp_path / "checkpoint-6")
+
+
+def test_train_synthetic_trains_on_hard_negatives_and_judges_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max_steps", "2", "--min_length", "32", "--max_length", "40", "--lengths", "40")
+    plain, hard = (
+        train(tmp_path / share, *options, "--hard_negatives", share, monkeypatch=monkeypatch) for share in ("0", "1")
+    )
+    assert plain["train_loss"] != hard["train_loss"]
+    assert load_task(None, tmp_path / "1") == load_task(None, tmp_path / "0") == build_task("mqmtar")
+    arguments = runpy.run_path(str(SCRIPT))["SyntheticArguments"]
+    assert arguments(hard_negatives=0.5).training_task(build_task("mqmtar")) == CrowdedRecall(share=0.5)
+    for wrong in ({"hard_negatives": 1.5}, {"hard_negatives": 0.5, "task": "copy"}):
+        with pytest.raises(ValueError, match="hard_negatives must be in .* got"):
+            arguments(**wrong)
 
 
 def test_train_synthetic_names_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_asentmax.recall_tasks import MultiTokenRecall
+from hf_asentmax.recall_tasks import CrowdedRecall, MultiTokenRecall, _words
 from hf_asentmax.symbol_tasks import FlipFlop, LocalCount
 from hf_asentmax.tasks import (
     IGNORED,
@@ -172,12 +172,15 @@ def test_local_count_draws_run_lengths_and_symbols_evenly() -> None:
     queries=st.integers(1, 4),
     fill=st.floats(0.3, 1.0),
     length=st.integers(1, 120),
+    crowd=st.integers(1, 4),
     seed=st.integers(0, 1 << 30),
 )
 def test_mqmtar_asks_for_words_of_its_source(
-    symbols: int, words: int, queries: int, fill: float, length: int, seed: int
+    symbols: int, words: int, queries: int, fill: float, length: int, crowd: int, seed: int
 ) -> None:
     task = MultiTokenRecall(symbols=symbols, words=words, queries=queries, fill=fill)
+    if crowd > 1:
+        task = CrowdedRecall(**vars(task), share=0.7, crowd=crowd)
     expected = int(fill * length) // 6
     if not 1 <= expected <= words:
         with pytest.raises(ValueError, match=f"got {expected} at length {length}"):
@@ -253,6 +256,23 @@ def test_mqmtar_spreads_pairs_words_and_queries_evenly() -> None:
     counts = Counter(map(tuple, asked.tolist()))
     assert len(counts) == 5 * 5  # ordered pairs of queries, the same one twice included
     assert 110 < min(counts.values()) < max(counts.values()) < 210  # 160 expected, 4 standard deviations are 50
+
+
+def test_crowded_mqmtar_draws_a_share_of_its_sequences_from_few_symbols() -> None:
+    shape = {"symbols": 64, "words": 1024}  # a quarter of all words: some 16 are made of 8 symbols alone
+
+    def crowded(share: float) -> int:
+        ids = sample_batch(CrowdedRecall(**shape, share=share, crowd=8), 4000, 40)["input_ids"]
+        colons = (ids == 4).nonzero()[:, 1].view(4000, 5, 1)
+        words = [
+            ids[:, None].expand(-1, 5, -1).gather(2, colons + torch.tensor(places)) for places in ((-2, -1), (1, 2))
+        ]
+        for drawn, vocabulary in zip(words, _words(64, 1024, 0, ids.device), strict=True):
+            assert set(map(tuple, drawn.flatten(0, 1).tolist())) == set(map(tuple, (6 + vocabulary).tolist()))
+        return sum(len(row.unique()) <= 8 for row in torch.cat(words, 1).flatten(1))
+
+    assert 1084 < crowded(0.3) < 1316  # 1200 expected, 4 standard deviations are 116
+    assert crowded(0.0) == 0  # of five keys and values made of 64 symbols
 
 
 def test_mqmtar_asks_more_often_than_it_has_pairs() -> None:
@@ -427,6 +447,19 @@ def test_the_task_file_of_another_task_is_refused(tmp_path: Path) -> None:
 def test_wrong_settings_are_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_task(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.5}, r"share must be in \[0, 1\] .* got 1.5"),
+        ({"crowd": 257}, "symbols=256, .* 257"),
+        ({"crowd": 1}, "crowd .* got 1"),
+    ],
+)
+def test_wrong_crowds_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrowdedRecall(**options)
 
 
 def test_wrong_requests_are_refused() -> None:

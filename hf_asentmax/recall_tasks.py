@@ -235,11 +235,15 @@ class CrowdedRecall(MultiTokenRecall):
     Among 64 tokens two of 256 symbols seldom meet again, among 65,536 always: there some other key shares a symbol with
     the one that is asked for while its value begins like the answer. A crowded sequence, of any length, is full of such
     pairs. It draws `crowd` symbols, and takes the words that are made of them alone, others where these are too few.
-    The rest of the sequences are MQMTAR's own, and so are vocabularies, lengths and layout of all.
+    The rest of the sequences are MQMTAR's own, and so are vocabularies, lengths and layout of all. The paper has no
+    such sequences.
 
     Args:
         share: of the sequences that are crowded, on average.
         crowd: symbols of such a sequence.
+
+    Raises:
+        ValueError: a share outside of [0, 1], or a crowd below 2 or above the task's symbols.
     """
 
     share: float = 0.25
@@ -251,7 +255,7 @@ class CrowdedRecall(MultiTokenRecall):
         if self.crowd > self.symbols or not 0 <= self.share <= 1:
             raise ValueError(
                 f"mqmtar share must be in [0, 1] and crowd at most symbols={self.symbols}, "
-                f"got {self.share!r} and {self.crowd}; correct them"
+                f"got {self.share!r} and {self.crowd}; lower them, or give the task more symbols"
             )
 
     def _choose(self, batch_size: int, pairs: int, generator: torch.Generator) -> list[torch.Tensor]:

@@ -188,6 +188,7 @@ def main() -> None:
     choice, run, args = parser.parse_args_into_dataclasses()
 
     task = build_task(choice.task, **json.loads(choice.task_options or "{}"))
+    trained = choice.training_task(task)
     settings, checkpoint = begin_run(args, choice, run)
     alpha = run.target_alpha
     schedule = None if run.settings["entmax_alpha_learned"] else run.schedule(start=alpha, target=alpha)
@@ -206,7 +207,6 @@ def main() -> None:
         sizes=None if choice.sizes is None else tuple(choice.sizes),
         **overrides,
     )
-    trained = choice.training_task(task)
     train = TaskStream(
         trained,
         args.per_device_train_batch_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,17 @@ def _share(text: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
 
 
+def _batches(builds: Sequence[Callable[[], Prompt]], size: int) -> Iterator[list[Prompt]]:
+    """The prompts by batches; while one is worked on, threads cut the texts of the next, which takes as long."""
+    with ThreadPoolExecutor() as threads:
+        ahead: list[Future[Prompt]] = []
+        for start in range(0, len(builds) + size, size):
+            batch = [prompt.result() for prompt in ahead]
+            ahead = [threads.submit(build) for build in builds[start : start + size]]
+            if batch:
+                yield batch
+
+
 def _scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -176,8 +188,7 @@ def _scores(
     scores = []
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with evaluating(model), progress_bar(what, len(own := share(prompts))) as bar:
-        for start in range(0, len(own), batch_size):
-            batch = [build() for build in own[start : start + batch_size]]
+        for batch in _batches(own, batch_size):
             longest, room = max(len(prompt.input_ids) for prompt in batch), max(prompt.room for prompt in batch)
             empty = [longest - len(prompt.input_ids) for prompt in batch]
             ids = torch.tensor([[padding] * n + prompt.input_ids for n, prompt in zip(empty, batch, strict=True)])
@@ -234,6 +245,7 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
         extend_rope(load_config(source), rope)
     device = join_processes()
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in args.task}
+    folder, written = Path(args.output_dir or ""), {}
     for name, source, rope in zip(names, args.model, ropes, strict=True):
         model = load_extended(source, rope, dtype=args.dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -251,13 +263,14 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
                     batch_size=args.batch_size,
                 )
             found += [row | model_label(row["method"], name, source, rope) for row in own]
+            if args.output_dir and is_main():  # after each task, so that what is stopped leaves what it found
+                written[task] = write_report(found, folder / (task if len(rows) > 1 else ""), title=task)
     if not is_main():
         return
     for task, found in rows.items():
         yield f"{task}\n\n{results_table(found)}" if len(rows) > 1 else results_table(found)
         if args.output_dir:
-            folder = Path(args.output_dir) / (task if len(rows) > 1 else "")
-            yield f"written: {', '.join(map(str, write_report(found, folder, title=task)))}"
+            yield f"written: {', '.join(map(str, written[task]))}"
 
 
 @dataclass

@@ -200,6 +200,16 @@ def test_evaluate_retrieval_gives_each_task_a_folder(
         assert f"{task}\n\n{(tmp_path / task / 'results.md').read_text(encoding='utf-8').strip()}" in printed
 
 
+def test_evaluate_retrieval_that_is_stopped_leaves_the_tasks_it_has_done(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", inputs / "softmax", "--task", "passkey", "variables", "--lengths", 300, "--samples", 1]
+    with pytest.raises(SystemExit, match="error: length must be at least"):  # variables has a longer question
+        run(monkeypatch, "evaluate_retrieval", *words, "--output_dir", tmp_path)
+    assert [row["length"] for row in read(tmp_path / "passkey" / "results.json")] == [300]
+    assert not (tmp_path / "variables").exists()
+
+
 def test_evaluate_synthetic_compares_models_on_the_task_they_name(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

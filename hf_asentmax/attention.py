@@ -15,7 +15,7 @@ from .ops import reference
 from .ops.attention import attention_from_intervals
 from .ops.baselines import adaptive_temperature_from_intervals, tempered_softmax, topk_from_intervals, topk_softmax
 from .positions import alibi_slopes
-from .scaling import QueryScale
+from .scaling import QueryScale, is_autocast
 
 # Softmax class -> ours, for attention modules and models: what patch_model and the constructors of our models swap.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -129,8 +129,10 @@ class ASEntmaxMixin(nn.Module):
         slopes = self._own_slopes(query, attention_mask)
         if slopes is not None and scale is not None and self.config.positions == "nape":
             scale = torch.where(once(slopes, "biased", lambda: slopes[:, None] > 0), 1.0, scale)
-        if query.dtype != value.dtype:  # under autocast rotary leaves q and k in float32 beside a 16-bit v
-            query, key = query.to(value.dtype), key.to(value.dtype)
+        # As autocast does for SDPA: rotary makes q and k float32, and a cache that begins with such a k makes v so.
+        if is_autocast(query) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         first, last = once(attention_mask, "ends", lambda: _ends(attention_mask))
         tensors = (query, key, value, first, last)
         settings: dict[str, Any] = {"scaling": scaling, "query_scale": scale, "alibi_slopes": slopes}

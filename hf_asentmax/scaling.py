@@ -34,6 +34,11 @@ def own_part(parameter: Tensor) -> Tensor:
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).float()
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x, and so for what is computed from it."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 class QueryScaleLinear(nn.Module):
     """One number per head from the layer's input, in float32 whatever the dtype of the weights.
 
@@ -49,9 +54,7 @@ class QueryScaleLinear(nn.Module):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # takes from the seed what nn.Linear would
 
     def forward(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with torch.autocast(input.device.type, enabled=False) if is_autocast(input) else nullcontext():
             return F.linear(input.float(), self.weight.float(), self.bias.float())
 
 

@@ -479,6 +479,28 @@ def test_model_trains_under_autocast(family: str, tokens: torch.Tensor) -> None:
     assert all(grad is not None and grad.isfinite().all() for grad in gradients(model).values())
 
 
+@pytest.mark.parametrize("family", FOUND)
+def test_model_generates_under_autocast_with_attention_in_16_bits(
+    family: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a cache too, which takes its dtype from the float32 keys: in float32 a GPU's kernels are slower by far."""
+    model, seen = entmax_model(family).eval(), []
+    attend = hf_asentmax.attention.attention_from_intervals
+
+    def watched(*tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
+        seen.append((tensors[0].shape[2], *(x.dtype for x in tensors[:3])))
+        return attend(*tensors, **settings)
+
+    monkeypatch.setattr(hf_asentmax.attention, "attention_from_intervals", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert set(seen) == {(length, *[torch.bfloat16] * 3) for length in (tokens.shape[1], 1)}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.double()(tokens)
+    assert set(seen) == {(tokens.shape[1], *[torch.float64] * 3)}
+
+
 # Compiling
 
 

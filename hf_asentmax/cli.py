@@ -84,9 +84,9 @@ examples:
 Perplexity by context length, always of the same final tokens of each document, and by position in the document.
 
 Any causal language model can be given, softmax or ASEntmax; several are compared on the same tokens, with the ratio to
-the first one's perplexity. Only documents that hold the longest length count, at every length. Intervals are
-bootstrapped by document. Prints tables; --output_dir gets results.json (with the loss of each document), results.md and
-a picture.""",
+the first one's perplexity, and each with itself at the shortest length: whether more context helps or hurts. Only
+documents that hold the longest length count, at every length. Intervals are bootstrapped by document. Prints tables;
+--output_dir gets results.json (with the loss of each document), results.md and a picture.""",
         """\
 examples:
   %(prog)s --model runs/smollm2 --data validation.parquet --lengths 1024 2048 4096

@@ -160,21 +160,27 @@ def _interval(means: np.ndarray) -> dict[str, float]:
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of several models with their perplexity as a multiple of the first model's, on the same documents.
+    """Rows with their perplexity as a multiple of the first model's at that length, and of the same model's at its
+    shortest length, document by document.
 
     Args:
         rows: of :func:`perplexity_by_length`, with a column model; all models at the same lengths and documents.
 
     Returns:
-        The rows with ratio, and its 95 % interval ratio_low and ratio_high: a bootstrap by document of the difference
-        of the two losses of each. For the first model's own rows it is 1.
+        The rows with ratio (to the first model) and growth (since the shortest length), and their 95 % intervals
+        ratio_low, ratio_high, growth_low and growth_high: a bootstrap by document of the difference of the two losses
+        of each. Of what is its own measure they are 1.
     """
-    first = {row["length"]: np.asarray(row["losses"]) for row in rows if row["model"] == rows[0]["model"]}
+    losses = {(row["model"], row["length"]): np.asarray(row["losses"]) for row in rows}
+    shortest = min(row["length"] for row in rows)
     together = []
     for row in rows:
-        ratio = _interval(np.asarray(row["losses"]) - first[row["length"]])
-        names = {"perplexity": "ratio", "low": "ratio_low", "high": "ratio_high"}
-        together.append({**row} | {names[name]: value for name, value in ratio.items()})
+        own = np.asarray(row["losses"])
+        found = {**row}
+        for name, other in (("ratio", (rows[0]["model"], row["length"])), ("growth", (row["model"], shortest))):
+            interval = _interval(own - losses[other])
+            found |= {name: interval["perplexity"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}
+        together.append(found)
     return together
 
 
@@ -189,7 +195,11 @@ def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "perplexity",
         "95 % interval",
     ]
-    header += ["of the first model's", "95 % interval"] if by_length and several else []
+    shares = {"ratio": "of the first model's"} if by_length and several else {}
+    if by_length and len(lengths := sorted({row["length"] for row in rows})) > 1:
+        shares["growth"] = f"of its own at {lengths[0]:,}"
+    for share_of in shares.values():
+        header += [share_of, "95 % interval"]
     lines = []
     for row in rows:
         if by_length:
@@ -203,8 +213,8 @@ def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['perplexity']:.2f}",
             f"{row['low']:.2f} to {row['high']:.2f}",
         ]
-        if by_length and several:
-            cells += [f"{row['ratio']:.3f}", f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"]
+        for name in shares:
+            cells += [f"{row[name]:.3f}", f"{row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f}"]
         lines.append([*cells, str(row["documents"])])
     text = markdown_table([*header, "documents"], lines)
     return "\n".join(text + beyond_context_note(rows))

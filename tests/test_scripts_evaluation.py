@@ -69,8 +69,11 @@ def test_evaluate_perplexity_writes_what_it_prints(
     assert f"{enough} documents, the same at every length: of 20 read, those of at least 24 tokens" in printed
     assert (tmp_path / "new" / "results.md").read_text(encoding="utf-8").strip() in printed
     assert "of the first model's" not in printed
+    assert "of its own at 12" in printed
     for row in results["by_length"]:
         assert f"{row['perplexity']:.2f}" in printed
+        assert f"{row['growth_low']:.3f} to {row['growth_high']:.3f}" in printed
+        assert row["growth"] == pytest.approx(row["perplexity"] / results["by_length"][0]["perplexity"])
     assert (tmp_path / "new" / "perplexity.png").read_bytes().startswith(PNG)
 
 

@@ -508,6 +508,16 @@ def test_model_generates_under_autocast_with_attention_in_16_bits(
 SLOW = ("granite", "olmo2", "phi3", "qwen2", "smollm3")
 
 
+def test_model_compiles_whole_under_autocast(tokens: torch.Tensor) -> None:
+    model, counter = entmax_model("llama"), CompileCounter()
+    torch.compiler.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(tokens, use_cache=False).logits
+        logits = torch.compile(model, fullgraph=True, backend=counter)(tokens, use_cache=False).logits
+    assert counter.frame_count == 1
+    torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize("family", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in FOUND])
 def test_model_compiles_whole(family: str, tokens: torch.Tensor) -> None:
     """One graph, the same loss and gradients; through aot_eager, which also traces the backward of the operators."""

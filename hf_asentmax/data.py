@@ -263,7 +263,7 @@ def load_packed(
         if completions(documents):
             samples = tqdm(islice(documents, max_rows), desc=f"tokenising {what}", unit=" samples")
             return CompletionDataset(samples, tokenizer, length)
-        lists = token_lists(tqdm(documents, desc=f"tokenising {what}", unit=" documents"), tokenizer, column)
+        lists = token_lists(tqdm(documents, desc=f"packing {what}", unit=" documents"), tokenizer, column)
         return PackedDataset(lists, length, max_rows=max_rows)
 
     evaluation = None if held_out is None else packed(held_out, "evaluation data", args.max_eval_rows)

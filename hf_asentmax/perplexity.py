@@ -198,8 +198,7 @@ def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
     shares = {"ratio": "of the first model's"} if by_length and several else {}
     if by_length and len(lengths := sorted({row["length"] for row in rows})) > 1:
         shares["growth"] = f"of its own at {lengths[0]:,}"
-    for share_of in shares.values():
-        header += [share_of, "95 % interval"]
+    header += [cell for what in shares.values() for cell in (what, "95 % interval")]
     lines = []
     for row in rows:
         if by_length:

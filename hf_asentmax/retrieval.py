@@ -166,7 +166,7 @@ def _share(text: str, answers: Sequence[str]) -> float:
 
 
 def _batches(builds: Sequence[Callable[[], Prompt]], size: int) -> Iterator[list[Prompt]]:
-    """The prompts by batches; while one is worked on, threads cut the texts of the next, which takes as long."""
+    """The prompts by batches; while one is worked on, threads cut the texts of the next to their length."""
     with ThreadPoolExecutor() as threads:
         ahead: list[Future[Prompt]] = []
         for start in range(0, len(builds) + size, size):
@@ -245,7 +245,7 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
         extend_rope(load_config(source), rope)
     device = join_processes()
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in args.task}
-    folder, written = Path(args.output_dir or ""), {}
+    written: dict[str, list[Path]] = {}
     for name, source, rope in zip(names, args.model, ropes, strict=True):
         model = load_extended(source, rope, dtype=args.dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -264,7 +264,8 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
                 )
             found += [row | model_label(row["method"], name, source, rope) for row in own]
             if args.output_dir and is_main():  # after each task, so that what is stopped leaves what it found
-                written[task] = write_report(found, folder / (task if len(rows) > 1 else ""), title=task)
+                folder = Path(args.output_dir) / (task if len(rows) > 1 else "")
+                written[task] = write_report(found, folder, title=task)
     if not is_main():
         return
     for task, found in rows.items():

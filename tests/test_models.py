@@ -504,10 +504,6 @@ def test_model_generates_under_autocast_with_attention_in_16_bits(
 # Compiling
 
 
-# Attention's differences between families are among the others.
-SLOW = ("granite", "olmo2", "phi3", "qwen2", "smollm3")
-
-
 def test_model_compiles_whole_under_autocast(tokens: torch.Tensor) -> None:
     model, counter = entmax_model("llama"), CompileCounter()
     torch.compiler.reset()
@@ -516,6 +512,10 @@ def test_model_compiles_whole_under_autocast(tokens: torch.Tensor) -> None:
         logits = torch.compile(model, fullgraph=True, backend=counter)(tokens, use_cache=False).logits
     assert counter.frame_count == 1
     torch.testing.assert_close(logits, expected)
+
+
+# Attention's differences between families are among the others.
+SLOW = ("granite", "olmo2", "phi3", "qwen2", "smollm3")
 
 
 @pytest.mark.parametrize("family", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in FOUND])

@@ -15,7 +15,7 @@ from .ops import reference
 from .ops.attention import attention_from_intervals
 from .ops.baselines import adaptive_temperature_from_intervals, tempered_softmax, topk_from_intervals, topk_softmax
 from .positions import alibi_slopes
-from .scaling import QueryScale, is_autocast
+from .scaling import QueryScale, autocast_dtype
 
 # Softmax class -> ours, for attention modules and models: what patch_model and the constructors of our models swap.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -88,9 +88,10 @@ class ASEntmaxMixin(nn.Module):
         intervals = kwargs["attention_mask"] = separate_documents(intervals, kwargs, check)
         n = once(intervals, "n", lambda: (intervals[..., 1] - intervals[..., 0])[:, 0])
         scale, alpha = self.query_scale(hidden_states, n)
-        if self.config.positions != "rope":  # the identity rotation
-            cos, sin = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = once(cos, "identity", lambda: (torch.ones_like(cos), torch.zeros_like(sin)))
+        if self.config.positions != "rope":  # the identity rotation, which leaves keys and cache in autocast's dtype
+            cos, dtype = kwargs["position_embeddings"][0], autocast_dtype(hidden_states)
+            identity = once(cos, f"identity {dtype}", lambda: torch.ones_like(cos, dtype=dtype))
+            kwargs["position_embeddings"] = identity, once(identity, "zeros", lambda: torch.zeros_like(identity))
         if alpha is None and self.scheduled_alpha is not None:
             alpha = self.scheduled_alpha.to(hidden_states.device)
         if alpha is None:
@@ -130,9 +131,7 @@ class ASEntmaxMixin(nn.Module):
         if slopes is not None and scale is not None and self.config.positions == "nape":
             scale = torch.where(once(slopes, "biased", lambda: slopes[:, None] > 0), 1.0, scale)
         # As autocast does for SDPA: rotary makes q and k float32, and a cache that begins with such a k makes v so.
-        if is_autocast(query) and query.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (x.to(autocast_dtype(x)) for x in (query, key, value))
         first, last = once(attention_mask, "ends", lambda: _ends(attention_mask))
         tensors = (query, key, value, first, last)
         settings: dict[str, Any] = {"scaling": scaling, "query_scale": scale, "alibi_slopes": slopes}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -149,7 +150,7 @@ class LadderArguments:
 
 
 def run_ladder(args: LadderArguments) -> Iterator[str]:
-    """Evaluate each model, and write the report; the main process yields the texts to print.
+    """Evaluate each model, and write the report after each; the main process yields the texts to print.
 
     Raises:
         ValueError: an argument doesn't fit, or no task is named.
@@ -161,6 +162,7 @@ def run_ladder(args: LadderArguments) -> Iterator[str]:
 
     device = join_processes()
     rows: list[dict[str, Any]] = []
+    written: list[Path] = []
     for name, source, task in zip(names, args.model, tasks, strict=True):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, args.dtype)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -176,9 +178,11 @@ def run_ladder(args: LadderArguments) -> Iterator[str]:
             )
         own = {"model": source} if name is None else {"model": source, "method": name}
         rows += [row | own for row in found]
+        if args.output_dir and is_main():  # after each model, so that what is stopped leaves what it found
+            title = f"{', '.join(dict.fromkeys(row['task'] for row in rows))}, {args.stream}"
+            written = write_report(rows, args.output_dir, title=title)
     if not is_main():
         return
     yield results_table(rows)
     if args.output_dir:
-        title = f"{', '.join(dict.fromkeys(row['task'] for row in rows))}, {args.stream}"
-        yield f"written: {', '.join(map(str, write_report(rows, args.output_dir, title=title)))}"
+        yield f"written: {', '.join(map(str, written))}"

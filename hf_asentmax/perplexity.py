@@ -32,6 +32,8 @@ LOGITS_AT_ONCE = 1 << 28  # float32 elements, 1 GiB: positions x vocabulary
 BATCH_TOKENS = 1 << 14  # documents of one length in a forward pass, one at least
 BOOTSTRAP_SAMPLES = 2000
 
+Rows = list[dict[str, Any]]
+
 
 @torch.no_grad()
 def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int) -> Tensor:
@@ -252,7 +254,7 @@ class PerplexityArguments:
 
 
 def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
-    """Evaluate each model on the same tokens, and write the report; the main process yields the texts to print.
+    """Evaluate each model on the same tokens, and write the report after each; the main process yields the texts.
 
     Raises:
         ValueError: the documents are too short or hold tokens that a model lacks, or an argument doesn't fit.
@@ -270,7 +272,8 @@ def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
         column=args.text_column,
         most=args.max_documents,
     )
-    by_length, by_position = [], []
+    by_length: Rows = []
+    by_position: Rows = []
     for name, source, rope in zip(names, args.model, ropes, strict=True):
         model = load_extended(source, rope, dtype=args.dtype, device=device)
         _check_vocabulary(enough, source, model.get_input_embeddings().weight.shape[0])
@@ -282,23 +285,34 @@ def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
             if args.buckets:
                 rows = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets)
                 by_position += [own | row for row in rows]
+        if is_main():  # after each model, so that what is stopped leaves what it found
+            text, written = _report(args, read, len(enough), by_length, by_position)
     if not is_main():
         return
+    yield text
+    if written:
+        yield f"written: {', '.join(map(str, written))}"
+
+
+def _report(
+    args: PerplexityArguments, read: int, scored: int, by_length: Rows, by_position: Rows
+) -> tuple[str, list[Path]]:
+    """The text to print, and the files that hold it, if there is a folder for them."""
     by_length = compared(by_length)
     about = (
-        f"The final {args.scored_tokens} tokens of {len(enough)} documents, the same at every length: of {read} read, "
+        f"The final {args.scored_tokens} tokens of {scored} documents, the same at every length: of {read} read, "
         f"those of at least {max(args.lengths):,} tokens."
     )
     text = "\n\n".join([about, perplexity_table(by_length), *([perplexity_table(by_position)] if by_position else [])])
-    yield text
-    if args.output_dir:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        results = {"settings": asdict(args), "documents_read": read, "by_length": by_length, "by_position": by_position}
-        write_json(folder / "results.json", results)
-        (folder / "results.md").write_text(text + "\n", encoding="utf-8")
-        picture = plot_perplexity(by_length, folder / "perplexity.png", title=about.split(",")[0])
-        yield f"written: {folder / 'results.json'}, {folder / 'results.md'}, {picture}"
+    if not args.output_dir:
+        return text, []
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {"settings": asdict(args), "documents_read": read, "by_length": by_length, "by_position": by_position}
+    write_json(folder / "results.json", results)
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    picture = plot_perplexity(by_length, folder / "perplexity.png", title=about.split(",")[0])
+    return text, [folder / "results.json", folder / "results.md", picture]
 
 
 def _check_vocabulary(documents: Sequence[Sequence[int]], source: str, size: int) -> None:

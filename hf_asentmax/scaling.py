@@ -39,6 +39,13 @@ def is_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to the attention of x; its own in float64 and where autocast is off."""
+    if x.dtype == torch.float64 or not is_autocast(x):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 class QueryScaleLinear(nn.Module):
     """One number per head from the layer's input, in float32 whatever the dtype of the weights.
 

@@ -50,6 +50,15 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 
+# The files that take longest begin: one that came last would leave the other workers idle.
+LONG = ["kernels", "models", "synthetic", "remote_code", "generation", "decode_kernels", "tutorial", "hub"]
+LONG += ["distributed"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Seed `random`, `numpy` and `torch`, so that a test does not depend on the ones before it."""

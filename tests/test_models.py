@@ -501,6 +501,14 @@ def test_model_generates_under_autocast_with_attention_in_16_bits(
     assert set(seen) == {(tokens.shape[1], *[torch.float64] * 3)}
 
 
+@torch.no_grad()
+def test_model_without_rotary_caches_16_bits_under_autocast(tokens: torch.Tensor) -> None:
+    model = entmax_model("llama", positions="nape").eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(tokens)
+    assert {x.dtype for layer in output.past_key_values.layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
+
+
 # Compiling
 
 

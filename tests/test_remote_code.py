@@ -72,30 +72,28 @@ CLEAN_LOAD = """
 from pathlib import Path
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 folder = Path(sys.argv[1])
 tokens = torch.load(folder / "tokens.pt")
 out = {}
 with torch.no_grad():
     for family in sys.argv[2:]:
-        causal = folder / family / "AutoModelForCausalLM"
-        trust = {"trust_remote_code": True}
-        config = AutoConfig.from_pretrained(causal, **trust)
-        assert config.model_type == f"asentmax_{family}", config.model_type
-        models = {
-            auto.name: getattr(transformers, auto.name).from_pretrained(auto, **trust).eval()
-            for auto in (folder / family).glob("Auto*")
-        }
-        model = models["AutoModelForCausalLM"]
+        causal, again = folder / family / "AutoModelForCausalLM", folder / family / "again"
+        generate = pipeline("text-generation", model=str(causal), trust_remote_code=True)
+        model = generate.model.eval()
+        assert model.config.model_type == f"asentmax_{family}", model.config.model_type
         assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-        out[family] = {name: model(tokens)[0] for name, model in models.items()}
-        generate = pipeline("text-generation", model=str(causal), **trust)
-        out[family]["text"] = generate("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-        model.save_pretrained(folder / family / "again")
-        AutoTokenizer.from_pretrained(causal).save_pretrained(folder / family / "again")
-        again = AutoModelForCausalLM.from_pretrained(folder / family / "again", **trust).eval()
-        out[family]["again"] = again(tokens).logits
+        text = generate("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+        models = {
+            auto.name: getattr(transformers, auto.name).from_pretrained(auto, trust_remote_code=True).eval()
+            for auto in (folder / family).glob("Auto*") if auto != causal
+        }
+        models[causal.name] = model
+        out[family] = {name: model(tokens)[0] for name, model in models.items()} | {"text": text}
+        model.save_pretrained(again)
+        generate.tokenizer.save_pretrained(again)
+        out[family]["again"] = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()(tokens).logits
 torch.save(out, folder / "out.pt")
 """
 

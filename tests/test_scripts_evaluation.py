@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,23 @@ def test_evaluate_retrieval_that_is_stopped_leaves_the_tasks_it_has_done(
         run(monkeypatch, "evaluate_retrieval", *words, "--output_dir", tmp_path)
     assert [row["length"] for row in read(tmp_path / "passkey" / "results.json")] == [300]
     assert not (tmp_path / "variables").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluate_perplexity", "evaluate_synthetic"])
+def test_evaluation_that_is_stopped_leaves_the_models_it_has_done(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(inputs / "constant", damaged, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "tokens.jsonl").write_text(json.dumps({"input_ids": random_tokens(1, 12, vocab_size=60)[0].tolist()}))
+    words = {
+        "evaluate_perplexity": ["--lengths", 12, "--scored_tokens", 8, "--data", tmp_path / "tokens.jsonl"],
+        "evaluate_synthetic": ["--lengths", 12, "--samples", 3],
+    }[name]
+    with pytest.raises(SystemExit, match="error: .*damaged"):
+        run(monkeypatch, name, "--model", inputs / "constant", damaged, *words, "--output_dir", tmp_path / "out")
+    results = read(tmp_path / "out" / "results.json")
+    assert len(results["by_length"] if name == "evaluate_perplexity" else results) == 1
 
 
 def test_evaluate_synthetic_compares_models_on_the_task_they_name(

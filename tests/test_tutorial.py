@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers import random_tokens, tiny_model
 from processes import run_python
 
+from hf_asentmax import patch_model
 from hf_asentmax.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +92,16 @@ def test_page_prints_what_it_claims(page: str, tmp_path: Path, monkeypatch: pyte
             check_claim(text, printed)
             claims += 1
     assert claims >= 2
+
+
+@torch.no_grad()
+def test_reading_in_blocks_is_the_whole_where_a_key_does_not_depend_on_what_came_before() -> None:
+    """docs/results.md: in one layer, where keys come from the embeddings; in two they do depend."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "results.md").read_text(), re.M | re.S)
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(code, namespace)
+    tokens = random_tokens(1, 24)
+    for layers in (1, 2):
+        model = patch_model(tiny_model("llama", num_hidden_layers=layers), positions="nape").eval()
+        last, whole = namespace["read_in_blocks"](model, tokens, 8).logits, model(tokens).logits[:, -8:]
+        assert torch.allclose(last, whole, atol=1e-5) == (layers == 1)

@@ -28,8 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_EXTRA) -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# In the order of tests/conftest.py, which begins with the longest files.
+SUITE := -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
 test: lint ## check style and types, then run the tests that need neither a GPU nor patience
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest $(SUITE) --durations=10
 
 test-gpu: env ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu --durations=10
@@ -49,7 +52,7 @@ test-with:
 	$(VENV)-$(NAME)/bin/python -m pip install --quiet --upgrade $(PIP_EXTRA) -c $(VENV)-$(NAME)/constraints.txt \
 	  -e ".[test]" "transformers$(RELEASE)"
 	$(VENV)-$(NAME)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	$(VENV)-$(NAME)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(TRANSFORMERS_TESTS)
+	$(VENV)-$(NAME)/bin/python -m pytest $(SUITE) $(TRANSFORMERS_TESTS)
 
 demo: env ## train two small twins (softmax, ASEntmax), compare them far beyond their training length: runs/demo
 	$(BIN)/python scripts/demo.py --output_dir runs/demo

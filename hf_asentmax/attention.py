@@ -90,8 +90,8 @@ class ASEntmaxMixin(nn.Module):
         scale, alpha = self.query_scale(hidden_states, n)
         if self.config.positions != "rope":  # the identity rotation, which leaves keys and cache in autocast's dtype
             cos, dtype = kwargs["position_embeddings"][0], autocast_dtype(hidden_states)
-            identity = once(cos, f"identity {dtype}", lambda: torch.ones_like(cos, dtype=dtype))
-            kwargs["position_embeddings"] = identity, once(identity, "zeros", lambda: torch.zeros_like(identity))
+            ones = once(cos, "ones", lambda: torch.ones_like(cos, dtype=dtype))
+            kwargs["position_embeddings"] = ones, once(cos, "zeros", lambda: torch.zeros_like(cos, dtype=dtype))
         if alpha is None and self.scheduled_alpha is not None:
             alpha = self.scheduled_alpha.to(hidden_states.device)
         if alpha is None:

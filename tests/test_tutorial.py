@@ -97,7 +97,8 @@ def test_page_prints_what_it_claims(page: str, tmp_path: Path, monkeypatch: pyte
 @torch.no_grad()
 def test_reading_in_blocks_is_the_whole_where_a_key_does_not_depend_on_what_came_before() -> None:
     """docs/results.md: in one layer, where keys come from the embeddings; in two they do depend."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "results.md").read_text(), re.M | re.S)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    (code,) = (text for kind, text in BLOCK.findall(page) if kind == "python")
     namespace: dict[str, Any] = {"torch": torch}
     exec(code, namespace)
     tokens = random_tokens(1, 24)

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# The runs of docs/language-models.md, each whole: training, and all that is measured.
+set -eo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, tokenise, write the samples
+       bash recipes/language_models.sh RUN [STEP ...]         one run, or some of its steps
+
+RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA, measured with YaRN
+       and NTK too)
+STEP   train, perplexity, retrieval (zero-shot), cloze (lm-eval), tune (fine-tuning on retrieval, and retrieval again); by
+       default all. A step that is done is not done again; a training that was stopped goes on.
+PROSE and CODE are corpora with the columns text, path, group and source.
+
+variables, with their defaults:
+  DATA=data  RUNS=runs  PYTHON=python
+  TRAIN_OPTIONS, TUNE_OPTIONS   more options of pretrain.py and finetune.py, such as '--per_device_train_batch_size 32
+                                --gradient_accumulation_steps 2' where memory is short
+  LENGTHS='1024 2048 4096 8192 16384 32768'  RETRIEVAL_LENGTHS='512 1024 2048 4096 8192 16384'
+  SAMPLES=20                    of a cell of depth and length; five times as many where a task has no depths
+Everything else is in this file.
+TEXT
+}
+
+cd "$(dirname "$0")/.."
+DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SAMPLES=${SAMPLES:-20}
+read -ra TRAIN <<<"${TRAIN_OPTIONS:-}"
+read -ra TUNE <<<"${TUNE_OPTIONS:-}"
+read -ra LENGTHS <<<"${LENGTHS:-1024 2048 4096 8192 16384 32768}"
+read -ra RETRIEVAL_LENGTHS <<<"${RETRIEVAL_LENGTHS:-512 1024 2048 4096 8192 16384}"
+STEPS=(train perplexity retrieval cloze tune)
+ADAMW=(--adam_beta2 0.95 --weight_decay 0.1 --lr_scheduler_type cosine --warmup_steps 0.05)
+
+make_data() { # PROSE CODE
+  "$PYTHON" scripts/hold_out.py --data "$1" --group_column group --order_column path --output_dir "$DATA/prose"
+  "$PYTHON" scripts/hold_out.py --data "$2" --group_column source --order_column path --output_dir "$DATA/code"
+  "$PYTHON" scripts/tokenize_data.py --data "$DATA/prose/train.parquet" "$DATA/code/train.parquet" --vocab_size 16384 \
+    --max_tokens 55000000 45000000 --output_dir "$DATA/tokens"
+  "$PYTHON" -m hf_asentmax write cloze --data "$DATA/prose/long.parquet" --output_dir "$DATA/cloze"
+  "$PYTHON" -m hf_asentmax write retrieval --tokenizer "$DATA/tokens" --length 1024 --samples 24000 \
+    --output "$DATA/retrieval.jsonl"
+}
+
+train() {
+  "$PYTHON" scripts/pretrain.py --config recipes/llama-42m.json --data "$DATA/tokens" --tokenizer "$DATA/tokens" \
+    --sequence_length 1024 --num_train_epochs 3 --per_device_train_batch_size 64 --learning_rate 1e-3 "${ADAMW[@]}" \
+    --bf16 --torch_compile --dataloader_drop_last --logging_steps 50 --save_steps 1000 \
+    --eval_data "$DATA/*/short.parquet" --attention "$METHOD" "${KIND[@]}" --seed "$SEED" "${TRAIN[@]}" --output_dir "$OUT"
+}
+
+perplexity() {
+  for corpus in prose code; do
+    "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --bf16 \
+      --model "${STRETCHED[@]/*/$OUT}" --rope "${STRETCHED[@]}" --output_dir "$OUT/perplexity-$corpus"
+  done
+}
+
+find_facts() { # MODEL FOLDER SAMPLES TASK ...
+  local ropes=(none) # within and beyond the training length
+  [ "${#STRETCHED[@]}" = 1 ] || ropes=(none yarn:16)
+  "$PYTHON" scripts/evaluate_retrieval.py --task "${@:4}" --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$3" \
+    --model "${ropes[@]/*/$1}" --rope "${ropes[@]}" --batch_size 25 --bf16 --output_dir "$2"
+}
+
+retrieval() {
+  find_facts "$OUT" "$OUT/retrieval" "$SAMPLES" needle passkey
+}
+
+cloze() {
+  "$PYTHON" -m lm_eval --model hf --include_path "$DATA/cloze" --tasks cloze --batch_size 64 \
+    --model_args "pretrained=$OUT,trust_remote_code=True,dtype=bfloat16" --output_path "$OUT/cloze"
+}
+
+tune() {
+  "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" --sequence_length 1024 \
+    --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 --torch_compile \
+    --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"
+  find_facts "$OUT-tuned" "$OUT-tuned/depths" "$SAMPLES" needle multikey
+  find_facts "$OUT-tuned" "$OUT-tuned/retrieval" "$((5 * SAMPLES))" passkey multivalue multiquery variables common_words \
+    frequent_words
+}
+
+case "${1:-}" in
+  "" | -h | --help) usage && exit ;;
+  data)
+    [ $# = 3 ] || { echo "data must have two corpora, PROSE and CODE, got $(($# - 1)); see --help" >&2 && exit 2; }
+    make_data "$2" "$3" && exit
+    ;;
+esac
+RUN=$1
+[[ $RUN =~ ^([a-z_]+)-(rope|nope|alibi|nape)-([0-9]+)$ ]] ||
+  { echo "RUN must be METHOD-POSITIONS-SEED, such as asentmax-nape-1, got $RUN; see --help" >&2 && exit 2; }
+METHOD=${BASH_REMATCH[1]} SEED=${BASH_REMATCH[3]} OUT=$RUNS/$RUN
+KIND=(--positions "${BASH_REMATCH[2]}") OWN=() STRETCHED=(none)
+if [ "$METHOD-${BASH_REMATCH[2]}" = softmax-rope ]; then # Transformers' own model
+  OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa) STRETCHED=(none yarn:8 yarn:32 dynamic:1)
+fi
+shift
+for step in "${@:-${STEPS[@]}}"; do
+  [[ " ${STEPS[*]} " == *" $step "* ]] || { echo "STEP must be one of ${STEPS[*]}, got $step; see --help" >&2 && exit 2; }
+done
+for step in "${@:-${STEPS[@]}}"; do
+  if [ -e "$OUT/$step.done" ]; then echo "$RUN $step: done before" && continue; fi
+  echo "$RUN $step"
+  "$step"
+  touch "$OUT/$step.done"
+done

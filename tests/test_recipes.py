@@ -1,4 +1,4 @@
-"""recipes/language_models.sh: its commands fit the scripts, what is done is not done again, and a run in miniature."""
+"""recipes/*.sh: their commands fit the scripts, what is done is not done again, and a run in miniature."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ sys.exit(os.environ.get("FAIL", "nothing") in sys.argv[1])
 """
 
 
-def recipe(*words: object, **variables: object) -> subprocess.CompletedProcess[str]:
+def recipe(*words: object, script: str = "language_models", **variables: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {name: str(value) for name, value in variables.items()}
-    words = ("bash", ROOT / "recipes" / "language_models.sh", *words)
+    words = ("bash", ROOT / "recipes" / f"{script}.sh", *words)
     return subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=False)
 
 
@@ -98,6 +98,26 @@ def test_commands_fit_the_scripts(run: str, stand_in: Path, tmp_path: Path, monk
     assert ("--positions" in train) != (run == "softmax-rope-0")
 
 
+CONVERSIONS = ["annealed", "sooner", "jump", "no-scale", "scale-faster", "lora", "twin", "annealed-5e-4", "twin-1e-3"]
+
+
+def test_commands_of_the_conversion_fit_the_scripts(
+    stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = [["data"], *(["tune", run, "20"] for run in CONVERSIONS), ["measure", "annealed", "twin", "20"]]
+    where = {"PYTHON": stand_in, "RUNS": tmp_path / "runs", "DATA": tmp_path / "data"}
+    for words in commands:
+        done = recipe(*words, script="conversion", **where, TUNE_OPTIONS="--use_cpu true")
+        assert done.returncode == 0, done.stderr
+    found = calls(stand_in)
+    (tmp_path / "data" / "tokens-smollm2").rmdir()  # the stand-in has made what must be new
+    for words in found:
+        check_arguments(words, monkeypatch)
+    tuned = [words for words in found if "scripts/finetune.py" in words]
+    assert len({tuple(words[:-1]) for words in tuned}) == len(CONVERSIONS)
+    assert {words[-1] for words in tuned} == {str(tmp_path / "runs" / f"smollm2-{run}-20") for run in CONVERSIONS}
+
+
 def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
     where = {"PYTHON": stand_in, "RUNS": tmp_path / "runs", "DATA": tmp_path / "data"}
     failed = recipe("ssmax-nape-1", **where, FAIL="evaluate_retrieval")
@@ -110,16 +130,18 @@ def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "rule"),
+    ("script", "words", "rule"),
     [
-        (["asentmax-nope"], "RUN must be METHOD-POSITIONS-SEED"),
-        (["asentmax-sinus-1"], "RUN must be METHOD-POSITIONS-SEED"),
-        (["asentmax-nape-1", "train", "perplexities"], "STEP must be one of train perplexity"),
-        (["data", "prose.parquet"], "data must have two corpora"),
+        ("language_models", ["asentmax-nope"], "RUN must be METHOD-POSITIONS-SEED"),
+        ("language_models", ["asentmax-sinus-1"], "RUN must be METHOD-POSITIONS-SEED"),
+        ("language_models", ["asentmax-nape-1", "train", "perplexities"], "STEP must be one of train perplexity"),
+        ("language_models", ["data", "prose.parquet"], "data must have two corpora"),
+        ("conversion", ["tune", "annealed"], "the words must be data, or tune RUN STEPS"),
+        ("conversion", ["tune", "softmax", "20"], "RUN must be one of those that --help names, got softmax"),
     ],
 )
-def test_wrong_words_are_refused(words: list[str], rule: str, stand_in: Path, tmp_path: Path) -> None:
-    refused = recipe(*words, PYTHON=stand_in, RUNS=tmp_path / "runs")
+def test_wrong_words_are_refused(script: str, words: list[str], rule: str, stand_in: Path, tmp_path: Path) -> None:
+    refused = recipe(*words, script=script, PYTHON=stand_in, RUNS=tmp_path / "runs")
     assert refused.returncode == 2
     assert rule in refused.stderr
     assert calls(stand_in) == []

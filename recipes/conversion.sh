@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# The conversion of docs/language-models.md: SmolLM2-135M from softmax to ASEntmax, its ablations and its softmax twin.
+set -eo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash recipes/conversion.sh data                        once, behind recipes/language_models.sh data: tokenise
+       bash recipes/conversion.sh tune RUN STEPS              fine-tune for so many steps: runs/smollm2-RUN-STEPS
+       bash recipes/conversion.sh measure RUN TWIN STEPS      perplexity, zeros and retrieval of a run, a twin and the model
+                                                              that both began from; beyond its 8,192 tokens by YaRN too
+
+RUN    annealed       alpha from 1 to 1.5 in the first 40 % of the steps
+       sooner         in the first 15 %
+       jump           1.5 at once
+       no-scale       annealed, without a query scale
+       scale-faster   annealed, the query scale at five times the rate
+       lora           annealed, LoRA of rank 16 and the query scale, at 1e-3
+       twin           softmax
+       annealed-5e-4, annealed-1e-3, twin-5e-4, twin-1e-3     at other learning rates than 2e-4
+
+variables, with their defaults:
+  SMOLLM2=smollm2               folder or Hub id of the model
+  DATA=data  RUNS=runs  PYTHON=python
+  TUNE_OPTIONS                  more options of finetune.py
+  LENGTHS='2048 4096 8192 16384 32768'  SAMPLES=20
+TEXT
+}
+refuse() {
+  echo "$*; see --help" >&2
+  exit 2
+}
+
+cd "$(dirname "$0")/.."
+DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SMOLLM2=${SMOLLM2:-smollm2} SAMPLES=${SAMPLES:-20}
+read -ra LENGTHS <<<"${LENGTHS:-2048 4096 8192 16384 32768}"
+read -ra MORE <<<"${TUNE_OPTIONS:-}"
+SCALE=(--query_scale_learning_rate 1e-3)
+
+options() { # of a run
+  case $1 in
+    annealed) echo "${SCALE[*]} --alpha_fraction 0.4" ;;
+    sooner) echo "${SCALE[*]} --alpha_fraction 0.15" ;;
+    jump) echo "${SCALE[*]} --alpha_start 1.5" ;;
+    no-scale) echo "--attention entmax --alpha_fraction 0.4" ;;
+    scale-faster) echo "--query_scale_learning_rate 5e-3 --alpha_fraction 0.4" ;;
+    lora) echo "$(options annealed) --lora_r 16 --learning_rate 1e-3" ;;
+    twin) echo "--attention softmax" ;;
+    annealed-5e-4 | annealed-1e-3 | twin-5e-4 | twin-1e-3) echo "$(options "${1%%-*}") --learning_rate ${1#*-}" ;;
+    *) refuse "RUN must be one of those that --help names, got $1" ;;
+  esac
+}
+
+case "${1:-} $#" in
+  " "* | "-h "* | "--help "*) usage ;;
+  "data 1")
+    "$PYTHON" scripts/tokenize_data.py --data "$DATA/prose/train.parquet" "$DATA/code/train.parquet" \
+      --tokenizer "$SMOLLM2" --max_tokens 55000000 45000000 --output_dir "$DATA/tokens-smollm2"
+    ;;
+  "tune 3")
+    OWN=$(options "$2")
+    read -ra OWN <<<"$OWN"
+    "$PYTHON" scripts/finetune.py --model "$SMOLLM2" --data "$DATA/tokens-smollm2" --sequence_length 2048 \
+      --max_steps "$3" --per_device_train_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 2e-4 \
+      --weight_decay 0.01 --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 0.05 --bf16 --torch_compile \
+      --save_strategy no --eval_data "$DATA/*/short.parquet" "${OWN[@]}" "${MORE[@]}" --output_dir "$RUNS/smollm2-$2-$3"
+    ;;
+  "measure 4")
+    OUT=$RUNS/smollm2-$2-$4 TWIN=$RUNS/smollm2-$3-$4
+    MODELS=(--model "$TWIN" "$OUT" "$SMOLLM2" "$TWIN" "$OUT" --rope none none none yarn:4 yarn:4 --bf16
+      --method twin ASEntmax original twin ASEntmax)
+    for corpus in prose code; do
+      "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" \
+        "${MODELS[@]}" --output_dir "$OUT/perplexity-$corpus"
+    done
+    "$PYTHON" scripts/analyze.py --figures sparsity heads --model "$OUT" --data "$DATA/prose/long.parquet" \
+      --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"
+    "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
+      "${MODELS[@]}" --batch_size 10 --output_dir "$OUT/retrieval"
+    ;;
+  *) refuse "the words must be data, or tune RUN STEPS, or measure RUN TWIN STEPS, got '$*'" ;;
+esac

@@ -23,6 +23,7 @@ variables, with their defaults:
   DATA=data  RUNS=runs  PYTHON=python
   TUNE_OPTIONS                  more options of finetune.py
   LENGTHS='2048 4096 8192 16384 32768'  SAMPLES=20
+Paths are taken from the root of the repository.
 TEXT
 }
 refuse() {

@@ -19,7 +19,7 @@ variables, with their defaults:
                                 --gradient_accumulation_steps 2' where memory is short
   LENGTHS='1024 2048 4096 8192 16384 32768'  RETRIEVAL_LENGTHS='512 1024 2048 4096 8192 16384'
   SAMPLES=20                    of a cell of depth and length; five times as many where a task has no depths
-Everything else is in this file.
+Paths are taken from the root of the repository. Everything else is in this file.
 TEXT
 }
 

@@ -27,6 +27,12 @@ TOLERANCE: dict[torch.dtype, dict[str, float]] = {
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1.6e-2},
 }
 
+# The end of a program in a process of its own: prints the most memory that it has had, in bytes. Linux's, since what
+# `resource` says begins with the memory of the process that started this one.
+PRINT_PEAK_MEMORY = """
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
 _SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -19,6 +19,7 @@ from .analysis_report import AnalysisArguments, run_analysis
 from .cloze import ClozeArguments, run_cloze
 from .conversion import ConvertArguments, run_conversion
 from .inspection import inspect_checkpoint
+from .joining import JoinArguments, run_join
 from .ladder import LadderArguments, run_ladder
 from .options import HelpFormatter
 from .perplexity import PerplexityArguments, run_perplexity
@@ -137,6 +138,23 @@ examples:
   several GPUs, the samples shared among them:   accelerate launch -m hf_asentmax evaluate synthetic ...
 """,
     ),
+    ("evaluate", "join"): Command(
+        JoinArguments,
+        run_join,
+        "results of several evaluations in one table and one picture",
+        """\
+Put together what was evaluated one by one: a line a method, a column a length, and one picture of all.
+
+Takes results of perplexity (of the same documents: compared document by document, each with itself at the shortest
+length), of retrieval or of a generated task. Results of one name are runs of it: mean and range, and thin lines in the
+picture. --output_dir gets results.json, results.md and the picture; what is put together stays as it is.""",
+        """\
+examples:
+  %(prog)s --results runs/softmax/perplexity runs/asentmax/perplexity --method softmax ASEntmax
+  two seeds as runs of one method:   ... --results runs/a-0/needle runs/a-1/needle --method ASEntmax ASEntmax
+  a picture, too:                    ... --output_dir runs/report/needle --title 'Needle, zero-shot'
+""",
+    ),
     ("write", "retrieval"): Command(
         SamplesArguments,
         run_samples,
@@ -208,13 +226,14 @@ Each command has a --help of its own.
 
 _GROUPS: dict[tuple[str, ...], dict[str, Any]] = {
     ("evaluate",): {
-        "help": "perplexity, retrieval from text, or a generated task, by length",
+        "help": "perplexity, retrieval from text, or a generated task, by length; several put together",
         "description": "Measure models, softmax and ASEntmax alike, at ever longer contexts.",
         "epilog": """\
 examples:
   %(prog)s perplexity --model runs/smollm2 --data validation.parquet --lengths 1024 2048
   %(prog)s retrieval --model SmolLM2-135M --task needle --lengths 512 1024 --output_dir runs/needle
   %(prog)s synthetic --model runs/synthetic --bf16 --output_dir runs/synthetic/test
+  %(prog)s join --results runs/softmax/needle runs/asentmax/needle
 Each has a --help of its own.
 """,
     },

@@ -121,3 +121,9 @@ def model_label(method: str, name: str | None, source: str, rope: str) -> dict[s
     """What to call a model in results: its source, and the name given or else its method, with what RoPE became."""
     tail = "" if rope == BARE else f", {rope}"
     return {"model": source + tail, "method": name or method + tail}
+
+
+def rope_of(model: str) -> str:
+    """What `model_label` put behind a model's source, "" where nothing."""
+    _, comma, tail = model.rpartition(", ")
+    return comma + tail if tail.partition(":")[0] in ROPE_TYPES else ""

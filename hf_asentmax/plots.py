@@ -94,8 +94,13 @@ def _legend(figure: Figure, axes: Any, title: str) -> None:
 
 
 def _draw_runs(axes: Any, rows: Sequence[dict[str, Any]], value: str) -> None:
-    """A line a method against length, with the intervals low to high; its runs, where there are several, thin."""
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    """A line a method against length, with the intervals low to high; its runs, where there are several, thin.
+
+    More than four methods stand a little beside each other, so that their intervals can be told apart.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for number, method in enumerate(methods):
+        aside = 2 ** (0.3 * (number / (len(methods) - 1) - 0.5)) if len(methods) > 4 else 1.0
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["length"])
         runs: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
@@ -107,7 +112,7 @@ def _draw_runs(axes: Any, rows: Sequence[dict[str, Any]], value: str) -> None:
             below = [max(0.0, row[value] - row["low"]) for row in run]
             above = [max(0.0, row["high"] - row[value]) for row in run]
             axes.errorbar(
-                [row["length"] for row in run],
+                [aside * row["length"] for row in run],
                 values,
                 yerr=[below, above],
                 color=colour,
@@ -119,7 +124,15 @@ def _draw_runs(axes: Any, rows: Sequence[dict[str, Any]], value: str) -> None:
         means = [fmean(row[value] for row in own if row["length"] == length) for length in lengths]
         label = method if len(runs) == 1 else f"{method} (mean of {len(runs)} runs)"
         style = ("-", "--", ":")[number // len(COLOURS) % 3]
-        axes.plot(lengths, means, style, color=colour, marker=marker, linewidth=2.2, label=label)
+        axes.plot(
+            [aside * length for length in lengths],
+            means,
+            style,
+            color=colour,
+            marker=marker,
+            linewidth=2.2,
+            label=label,
+        )
     axes.set_xscale("log", base=2)
     shown = sorted({row["length"] for row in rows})
     axes.set_xticks(shown, [f"{length:,}" for length in shown], rotation=0 if len(shown) < 8 else 45)
@@ -245,8 +258,14 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", list(rows))
     (folder / "results.md").write_text(results_table(rows) + "\n", encoding="utf-8")
-    if any("depth" in row for row in rows):
-        picture = plot_heatmap(rows, folder / "heatmap.png", title=title)
-    else:
-        picture = plot_ladder(rows, folder / "ladder.png", title=title, train_length=train_length)
+    picture = plot_results(rows, folder, title=title, train_length=train_length)
     return [folder / "results.json", folder / "results.md", picture]
+
+
+def plot_results(
+    rows: Sequence[dict[str, Any]], folder: Path, *, title: str | None = None, train_length: int | None = None
+) -> Path:
+    """heatmap.png of rows by depth, else ladder.png."""
+    if any("depth" in row for row in rows):
+        return plot_heatmap(rows, folder / "heatmap.png", title=title)
+    return plot_ladder(rows, folder / "ladder.png", title=title, train_length=train_length)

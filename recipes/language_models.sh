@@ -6,6 +6,7 @@ usage() {
   cat <<'TEXT'
 usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, tokenise, write the samples
        bash recipes/language_models.sh RUN [STEP ...]         one run, or some of its steps
+       bash recipes/language_models.sh report RUN ...         what runs gave, side by side: tables and pictures in RUNS/report
 
 RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA, measured with YaRN
        and NTK too)
@@ -81,11 +82,28 @@ tune() {
     frequent_words
 }
 
+report() { # RUN ...
+  local measure run folders names
+  for measure in /perplexity-{prose,code} /retrieval/{needle,passkey} -tuned/depths/{needle,multikey} \
+    -tuned/retrieval/{passkey,multivalue,multiquery,variables,common_words,frequent_words}; do
+    folders=() names=()
+    for run in "$@"; do # runs that differ in their seed are runs of one method
+      [ ! -e "$RUNS/$run$measure/results.json" ] || folders+=("$RUNS/$run$measure") names+=("${run%-*}")
+    done
+    [ "${#folders[@]}" = 0 ] || "$PYTHON" -m hf_asentmax evaluate join --results "${folders[@]}" --method "${names[@]}" \
+      --title "${measure#[-/]}" --output_dir "$RUNS/report/${measure#[-/]}"
+  done
+}
+
 case "${1:-}" in
   "" | -h | --help) usage && exit ;;
   data)
     [ $# = 3 ] || { echo "data must have two corpora, PROSE and CODE, got $(($# - 1)); see --help" >&2 && exit 2; }
     make_data "$2" "$3" && exit
+    ;;
+  report)
+    [ $# -gt 1 ] || { echo "report must have the runs to put side by side, got none; see --help" >&2 && exit 2; }
+    report "${@:2}" && exit
     ;;
 esac
 RUN=$1

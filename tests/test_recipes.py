@@ -129,6 +129,25 @@ def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
     assert [words[0] for words in calls(stand_in)] == ["scripts/evaluate_retrieval.py"]
 
 
+def test_a_report_takes_what_runs_have(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    for folder in ("asentmax-nape-0", "asentmax-nape-1", "softmax-rope-1-tuned/retrieval"):
+        measure = "perplexity-prose" if "nape" in folder else "passkey"
+        (runs / folder / measure).mkdir(parents=True)
+        (runs / folder / measure / "results.json").touch()
+    done = recipe("report", "asentmax-nape-0", "asentmax-nape-1", "softmax-rope-1", PYTHON=stand_in, RUNS=runs)
+    assert done.returncode == 0, done.stderr
+    found = calls(stand_in)
+    for words in found:
+        check_arguments(words, monkeypatch)
+    assert [words[5:-2] for words in found] == [
+        [str(runs / f"asentmax-nape-{seed}" / "perplexity-prose") for seed in (0, 1)]
+        + ["--method", "asentmax-nape", "asentmax-nape", "--title", "perplexity-prose"],
+        [str(runs / "softmax-rope-1-tuned" / "retrieval" / "passkey")]
+        + ["--method", "softmax-rope", "--title", "tuned/retrieval/passkey"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("script", "words", "rule"),
     [
@@ -136,6 +155,7 @@ def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
         ("language_models", ["asentmax-sinus-1"], "RUN must be METHOD-POSITIONS-SEED"),
         ("language_models", ["asentmax-nape-1", "train", "perplexities"], "STEP must be one of train perplexity"),
         ("language_models", ["data", "prose.parquet"], "data must have two corpora"),
+        ("language_models", ["report"], "report must have the runs to put side by side"),
         ("conversion", ["tune", "annealed"], "the words must be data, or tune RUN STEPS"),
         ("conversion", ["tune", "softmax", "20"], "RUN must be one of those that --help names, got softmax"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .blocks import read_in_blocks
 from .configuration_asentmax import (
     ASEntmaxGemma2Config,
     ASEntmaxGemma3TextConfig,
@@ -125,6 +126,7 @@ __all__ = [
     "entmax",
     "entmax_attention",
     "patch_model",
+    "read_in_blocks",
     "set_alpha",
     "topk_attention",
     "unpatch_model",

@@ -1,25 +1,33 @@
-"""RoPE beyond the trained length without training: YaRN and dynamic NTK, by Transformers' own rope parameters.
+"""Beyond the trained length without training: YaRN and dynamic NTK, by Transformers' own rope parameters; in blocks.
 
 Bare RoPE fails beyond the length it was trained at, so a comparison at such lengths needs these. Nothing is written:
-the config is changed when the model is loaded.
+the config is changed when the model is loaded. What has no RoPE may read in blocks (:mod:`hf_asentmax.blocks`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .adapters import load_causal_model, load_config
+from .blocks import check_block
+from .evaluation import model_names
 
 BARE = "none"
 ROPE_TYPES = ("yarn", "dynamic")  # as Transformers calls them
 ROPE_HELP = (
     "RoPE beyond the trained length, for all models or one for each: none, yarn:FACTOR, or dynamic:FACTOR (NTK; "
     "dynamic:1 fits the base to each length). FACTOR is the longest length by the trained one."
+)
+BLOCKS = "blocks"
+BLOCK_HELP = (
+    "Read all but the last so many tokens in blocks of so many, the trained length, that don't see each other, for all "
+    "models or one for each; 0: whole. For positions nape, nope and alibi."
 )
 
 
@@ -117,13 +125,56 @@ def set_context(model: PreTrainedModel, tokens: int) -> None:
             model.base_model(input_ids=token, position_ids=torch.full_like(token, place), use_cache=False)
 
 
-def model_label(method: str, name: str | None, source: str, rope: str) -> dict[str, str]:
-    """What to call a model in results: its source, and the name given or else its method, with what RoPE became."""
-    tail = "" if rope == BARE else f", {rope}"
-    return {"model": source + tail, "method": name or method + tail}
+@dataclass(frozen=True)
+class Reading:
+    """A model, and how it reads texts longer than those that it was trained on.
+
+    Attributes:
+        source: folder or Hub id, also of an adapter.
+        name: what to call it; None: by its method.
+        rope: what its RoPE becomes, as :func:`extend_rope` takes it.
+        block: tokens of the blocks it reads in (:mod:`hf_asentmax.blocks`); 0: whole.
+    """
+
+    source: str
+    name: str | None
+    rope: str
+    block: int
+
+    def load(self, *, dtype: str, device: Any) -> Any:
+        return load_extended(self.source, self.rope, dtype=dtype, device=device)
+
+    def label(self, method: str) -> dict[str, str]:
+        """Columns model and method of its results; where it has no name, the method's tail says how it reads."""
+        tail = ("" if self.rope == BARE else f", {self.rope}") + (f", {BLOCKS}:{self.block}" if self.block else "")
+        return {"model": self.source + tail, "method": self.name or method + tail}
 
 
-def rope_of(model: str) -> str:
-    """What `model_label` put behind a model's source, "" where nothing."""
+def readings(
+    models: Sequence[str], names: Sequence[str] | None, rope: Sequence[str] | None, block: Sequence[int]
+) -> list[Reading]:
+    """Each model with its name and choices, checked against its config before anything takes time.
+
+    Raises:
+        ValueError: there are neither one nor as many of them as models, or a model can't be read so.
+        OSError: there is no such model.
+    """
+    if len(block) not in (1, len(models)):
+        raise ValueError(
+            f"block must be given once or for each of the {len(models)} models, got {list(block)!r}; correct it"
+        )
+    blocks = list(block) * (len(models) // len(block))
+    ropes = rope_choices(rope, models)
+    found = [Reading(*each) for each in zip(models, model_names(names, models), ropes, blocks, strict=True)]
+    for reading in found:
+        config = load_config(reading.source)
+        extend_rope(config, reading.rope)
+        if reading.block:
+            check_block(config, reading.block)
+    return found
+
+
+def tail_of(model: str) -> str:
+    """What `Reading.label` put behind a model's source, "" where nothing."""
     _, comma, tail = model.rpartition(", ")
-    return comma + tail if tail.partition(":")[0] in ROPE_TYPES else ""
+    return comma + tail if tail.partition(":")[0] in (*ROPE_TYPES, BLOCKS) else ""

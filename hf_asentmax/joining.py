@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoints import write_json
 from .evaluation import beyond_context_note, markdown_table
-from .extrapolation import rope_of
+from .extrapolation import tail_of
 from .options import option
 from .perplexity import compared
 from .plots import plot_perplexity, plot_results
@@ -32,8 +32,8 @@ class JoinArguments:
     )
     method: list[str] | None = option(
         None,
-        "Names, one for each of --results; what RoPE became is added. By default the names that the results have. "
-        "Results of one name are runs.",
+        "Names, one for each of --results; how each reads (--rope, --block) is added. By default the names that the "
+        "results have. Results of one name are runs.",
     )
     title: str | None = option(None, "Heading of the picture.")
     output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
@@ -53,7 +53,7 @@ def run_join(args: JoinArguments) -> Iterator[str]:
     rows: Rows = []
     for number, given in enumerate(args.results):
         for row in _read(given):
-            name = f"{args.method[number]}{rope_of(row['model'])}" if args.method else row["method"]
+            name = f"{args.method[number]}{tail_of(row['model'])}" if args.method else row["method"]
             rows.append(row | {"method": name})
     _check(rows)
     if "losses" in rows[0]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .adapters import load_config
+from .blocks import check_block, read_in_blocks
 from .checkpoints import write_json
 from .data import long_documents
-from .evaluation import beyond_context_note, evaluating, markdown_table, model_names, progress_bar
-from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
+from .evaluation import beyond_context_note, evaluating, markdown_table, progress_bar
+from .extrapolation import BLOCK_HELP, ROPE_HELP, readings, set_context
 from .methods import method_name
 from .options import DTYPES, option
 from .plots import plot_perplexity
@@ -36,18 +36,24 @@ Rows = list[dict[str, Any]]
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int) -> Tensor:
+def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int, *, block: int = 0) -> Tensor:
     """Negative log-likelihood, nats, of the last ``scored`` tokens of each row given all before them.
 
     Args:
         model: a causal language model, in eval mode.
         input_ids: (B, L), int64, L > scored.
         scored: how many tokens to score, from the end.
+        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; more than scored.
 
     Returns:
         (B, scored), float32.
     """
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, -scored - 1 : -1]
+    if 0 < block < input_ids.shape[1]:
+        past, last = read_in_blocks(model, input_ids, block=block), input_ids[:, -block:]
+        output = model.base_model(input_ids=last, past_key_values=past, use_cache=True)
+    else:
+        output = model.base_model(input_ids=input_ids, use_cache=False)
+    hidden = output.last_hidden_state[:, -scored - 1 : -1]
     head, targets = model.get_output_embeddings(), input_ids[:, -scored:]
     scaling = getattr(model.config, "logits_scaling", None)  # Granite's
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma's
@@ -65,7 +71,12 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int) -> Tens
 
 
 def perplexity_by_length(
-    model: PreTrainedModel, documents: Sequence[Sequence[int]], lengths: Sequence[int], *, scored: int = 512
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    scored: int = 512,
+    block: int = 0,
 ) -> list[dict[str, Any]]:
     """Perplexity of the final tokens of each document at several context lengths.
 
@@ -78,14 +89,20 @@ def perplexity_by_length(
         documents: token ids.
         lengths: context lengths in tokens, the scored ones included.
         scored: tokens scored at the end of each document, the same at every length.
+        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; more than scored.
 
     Returns:
         One row a length: length, perplexity, its 95 % interval (low, high), documents, tokens, and losses, the mean
         negative log-likelihood of each document in nats, of which the perplexity is exp of the mean.
 
     Raises:
-        ValueError: a length does not exceed ``scored``, or no document is long enough.
+        ValueError: a length or block does not exceed ``scored``, no document is long enough, or the model can't read in
+            blocks.
     """
+    if block:
+        check_block(model.config, block)
+        if block <= scored:
+            raise ValueError(f"block must exceed the {scored} scored tokens, got {block}; lower the scored tokens")
     if min(lengths) <= scored:
         raise ValueError(f"lengths must exceed the {scored} scored tokens, got {min(lengths)}; lower the scored tokens")
     longest = max(lengths)
@@ -100,7 +117,7 @@ def perplexity_by_length(
     rows = []
     for length in lengths:
         parts = [[*ids[:kept], *ids[len(ids) - length + kept :]] for ids in share(used)]
-        found = _losses(model, parts, scored, f"{length} tokens")
+        found = _losses(model, parts, scored, f"{length} tokens", block)
         losses = gathered([float(own.mean()) for own in found])
         about = {"documents": len(losses), "tokens": len(losses) * scored, "losses": losses}
         rows.append({"length": length} | _interval(np.asarray(losses)) | about)
@@ -140,14 +157,16 @@ def perplexity_by_position(
     ]
 
 
-def _losses(model: PreTrainedModel, documents: Sequence[Sequence[int]], scored: int, what: str) -> Iterator[np.ndarray]:
+def _losses(
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], scored: int, what: str, block: int = 0
+) -> Iterator[np.ndarray]:
     """The losses (scored,) of each of some documents of one length."""
     size = max(1, BATCH_TOKENS // max(map(len, documents), default=1))
     with evaluating(model), progress_bar(what, len(documents)) as bar:
         for start in range(0, len(documents), size):
             batch = torch.tensor([list(ids) for ids in documents[start : start + size]], device=model.device)
             set_context(model, batch.shape[1])
-            yield from token_losses(model, batch, scored).cpu().numpy()
+            yield from token_losses(model, batch, scored, block=block).cpu().numpy()
             bar.update(len(batch))
 
 
@@ -242,12 +261,13 @@ class PerplexityArguments:
     )
     lengths: list[int] = option([1024, 2048], "Context lengths in tokens, the scored ones included.")
     scored_tokens: int = option(512, "Final tokens of each document that are scored, the same at every length.")
-    buckets: int = option(8, "Buckets of positions, at the longest length; 0: none.")
+    buckets: int = option(8, "Buckets of positions, at the longest length, of what is read whole; 0: none.")
     max_documents: int | None = option(None, "Use the first so many long enough documents.")
     method: list[str] | None = option(
         None, "Names of the models in the results; by default the kind of their attention. Models of one name are runs."
     )
     rope: list[str] | None = option(None, ROPE_HELP)
+    block: list[int] = option([0], BLOCK_HELP)
     dtype: str = option("float32", "Dtype of the weights.", DTYPES)
     bf16: bool = option(False, "Compute in bfloat16 as training with --bf16 does (autocast).")
     output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
@@ -260,9 +280,7 @@ def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
         ValueError: the documents are too short or hold tokens that a model lacks, or an argument doesn't fit.
         OSError: a file is missing.
     """
-    names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
-    for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
-        extend_rope(load_config(source), rope)
+    models = readings(args.model, args.method, args.rope, args.block)  # before anything takes time
     device = join_processes()
     read, enough = long_documents(
         args.data,
@@ -274,15 +292,17 @@ def run_perplexity(args: PerplexityArguments) -> Iterator[str]:
     )
     by_length: Rows = []
     by_position: Rows = []
-    for name, source, rope in zip(names, args.model, ropes, strict=True):
-        model = load_extended(source, rope, dtype=args.dtype, device=device)
-        _check_vocabulary(enough, source, model.get_input_embeddings().weight.shape[0])
-        own = model_label(method_name(model.config), name, source, rope)
+    for reading in models:
+        model = reading.load(dtype=args.dtype, device=device)
+        _check_vocabulary(enough, reading.source, model.get_input_embeddings().weight.shape[0])
+        own = reading.label(method_name(model.config))
         limit = getattr(model.config, "max_position_embeddings", None)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            for row in perplexity_by_length(model, enough, args.lengths, scored=args.scored_tokens):
+            for row in perplexity_by_length(
+                model, enough, args.lengths, scored=args.scored_tokens, block=reading.block
+            ):
                 by_length.append(own | row | {"beyond_context": limit is not None and row["length"] > limit})
-            if args.buckets:
+            if args.buckets and not reading.block:
                 rows = perplexity_by_position(model, enough, max(args.lengths), buckets=args.buckets)
                 by_position += [own | row for row in rows]
         if is_main():  # after each model, so that what is stopped leaves what it found

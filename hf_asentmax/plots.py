@@ -77,7 +77,7 @@ def plot_perplexity(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]
     axes.set_yscale("log")
     axes.set_ylim(0.97 * low, min(1.03 * high, 4 * low))
     axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.0, 1.0)))
     axes.set(xlabel="context (tokens)", ylabel="perplexity", title=title or "")
     _legend(figure, axes, "bars: 95 % intervals by document")
     return write_figure(figure, path)

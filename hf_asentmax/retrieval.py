@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapters import load_config
-from .evaluation import check_positive, evaluating, model_names, progress_bar, result_row, results_table
-from .extrapolation import ROPE_HELP, extend_rope, load_extended, model_label, rope_choices, set_context
+from .blocks import check_block, read_in_blocks
+from .evaluation import check_positive, evaluating, progress_bar, result_row, results_table
+from .extrapolation import BLOCK_HELP, ROPE_HELP, readings, set_context
 from .haystack import Prompt, build_prompt, filler_sentences, read_sentences
 from .options import DTYPES, option
 from .plots import write_report
@@ -49,6 +49,7 @@ def retrieve(
     haystack: str | None = None,
     seed: int = 0,
     batch_size: int = 1,
+    block: int = 0,
 ) -> list[dict[str, Any]]:
     """How much of what a prompt asks for greedy decoding gives back, by length and, where asked, by depth.
 
@@ -66,6 +67,7 @@ def retrieve(
         haystack: a text file; neutral generated sentences if None. passkey and the tasks of words have their own.
         seed: seed of the prompts.
         batch_size: prompts generated at once, padded on the left; with 1 none is padded.
+        block: with 0 prompts are read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does, one at once.
 
     Returns:
         One row a length, or depth and length, with the column depth.
@@ -73,9 +75,13 @@ def retrieve(
     Raises:
         FileNotFoundError: the haystack is missing.
         ValueError: there is no such task, a length is too short for the question, a depth is not in [0, 100] or the
-            task has none, or the haystack is empty.
+            task has none, the haystack is empty, or the model can't read in blocks, or not several prompts at once.
     """
     check_task(task)
+    if block:
+        check_block(model.config, block)
+        if batch_size > 1:
+            raise ValueError(f"batch_size must be 1 where prompts are read in blocks, got {batch_size}; leave it out")
     check_positive(lengths=lengths, samples=[samples], batch_size=[batch_size])
     if depths is not None and task not in DEPTH_TASKS:
         raise ValueError(f"depths must be None for {task}, got {list(depths)!r}; {', '.join(DEPTH_TASKS)} have them")
@@ -99,7 +105,7 @@ def retrieve(
             for i in range(samples)
         ]
         right = _first_number if task == "passkey" else _share
-        hits = _scores(model, tokenizer, prompts, right, f"{task}, {length} tokens", batch_size)
+        hits = _scores(model, tokenizer, prompts, right, f"{task}, {length} tokens", batch_size, block)
         for number, depth in enumerate(places):
             own = hits[number * samples : (number + 1) * samples]
             if depth is None:
@@ -183,6 +189,7 @@ def _scores(
     score: Callable[[str, Sequence[str]], float],
     what: str,
     batch_size: int,
+    block: int,
 ) -> list[float]:
     """The score of the model's continuation of each prompt."""
     scores = []
@@ -195,8 +202,10 @@ def _scores(
             mask = torch.tensor([[0] * n + [1] * (longest - n) for n in empty])
             set_context(model, longest + room)
             greedy = GenerationConfig(**_GREEDY, max_new_tokens=room, pad_token_id=padding)
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            past = {"past_key_values": read_in_blocks(model, ids, block=block)} if 0 < block < longest else {}
             output = model.generate(  # type: ignore[operator]
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+                ids, attention_mask=mask, generation_config=greedy, **past
             )
             for prompt, written in zip(batch, output[:, longest:], strict=True):
                 text = tokenizer.decode(written[: prompt.room], skip_special_tokens=True)
@@ -224,8 +233,9 @@ class RetrievalArguments:
         None, "Names of the models in the results; by default the kind of their attention. Models of one name are runs."
     )
     rope: list[str] | None = option(None, ROPE_HELP)
+    block: list[int] = option([0], BLOCK_HELP)
     seed: int = option(0, "Seed of the samples; the same for every model.")
-    batch_size: int = option(1, "Prompts generated at once, padded on the left; with 1 none is padded.")
+    batch_size: int = option(1, "Prompts generated at once, padded on the left; with 1, and in blocks, none is padded.")
     dtype: str = option("float32", "Dtype of the weights.", DTYPES)
     bf16: bool = option(False, "Compute in bfloat16 as training with --bf16 does (autocast).")
     output_dir: str | None = option(
@@ -240,15 +250,13 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
         ValueError: an argument doesn't fit.
         OSError: a file is missing.
     """
-    names, ropes = model_names(args.method, args.model), rope_choices(args.rope, args.model)
-    for source, rope in zip(args.model, ropes, strict=True):  # before anything takes time
-        extend_rope(load_config(source), rope)
+    models = readings(args.model, args.method, args.rope, args.block)  # before anything takes time
     device = join_processes()
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in args.task}
     written: dict[str, list[Path]] = {}
-    for name, source, rope in zip(names, args.model, ropes, strict=True):
-        model = load_extended(source, rope, dtype=args.dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    for reading in models:
+        model = reading.load(dtype=args.dtype, device=device)
+        tokenizer = AutoTokenizer.from_pretrained(reading.source)
         for task, found in rows.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 own = retrieve(
@@ -260,9 +268,10 @@ def run_retrieval(args: RetrievalArguments) -> Iterator[str]:
                     samples=args.samples,
                     haystack=args.haystack,
                     seed=args.seed,
-                    batch_size=args.batch_size,
+                    batch_size=1 if reading.block else args.batch_size,
+                    block=reading.block,
                 )
-            found += [row | model_label(row["method"], name, source, rope) for row in own]
+            found += [row | reading.label(row["method"]) for row in own]
             if args.output_dir and is_main():  # after each task, so that what is stopped leaves what it found
                 folder = Path(args.output_dir) / (task if len(rows) > 1 else "")
                 written[task] = write_report(found, folder, title=task)

@@ -8,8 +8,8 @@ usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, to
        bash recipes/language_models.sh RUN [STEP ...]         one run, or some of its steps
        bash recipes/language_models.sh report RUN ...         what runs gave, side by side: tables and pictures in RUNS/report
 
-RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA, measured with YaRN
-       and NTK too)
+RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA). RoPE is measured
+       with YaRN and NTK too, other positions in blocks of 1,024 tokens.
 STEP   train, perplexity, retrieval (zero-shot), cloze (lm-eval), tune (fine-tuning on retrieval, and retrieval again); by
        default all. A step that is done is not done again; a training that was stopped goes on.
 PROSE and CODE are corpora with the columns text, path, group and source.
@@ -53,15 +53,13 @@ train() {
 perplexity() {
   for corpus in prose code; do
     "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --bf16 \
-      --model "${STRETCHED[@]/*/$OUT}" --rope "${STRETCHED[@]}" --output_dir "$OUT/perplexity-$corpus"
+      --model "${READ[@]/*/$OUT}" "$HOW" "${READ[@]}" --output_dir "$OUT/perplexity-$corpus"
   done
 }
 
 find_facts() { # MODEL FOLDER SAMPLES TASK ...
-  local ropes=(none) # within and beyond the training length
-  [ "${#STRETCHED[@]}" = 1 ] || ropes=(none yarn:16)
   "$PYTHON" scripts/evaluate_retrieval.py --task "${@:4}" --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$3" \
-    --model "${ropes[@]/*/$1}" --rope "${ropes[@]}" --batch_size 25 --bf16 --output_dir "$2"
+    --model "${FIND[@]/*/$1}" "$HOW" "${FIND[@]}" --batch_size 25 --bf16 --output_dir "$2"
 }
 
 retrieval() {
@@ -74,6 +72,7 @@ cloze() {
 }
 
 tune() {
+  [ "$HOW" = --rope ] || FIND=(0) # in blocks one prompt at a time would take an hour
   "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" --sequence_length 1024 \
     --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 --torch_compile \
     --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"
@@ -110,9 +109,14 @@ RUN=$1
 [[ $RUN =~ ^([a-z_]+)-(rope|nope|alibi|nape)-([0-9]+)$ ]] ||
   { echo "RUN must be METHOD-POSITIONS-SEED, such as asentmax-nape-1, got $RUN; see --help" >&2 && exit 2; }
 METHOD=${BASH_REMATCH[1]} SEED=${BASH_REMATCH[3]} OUT=$RUNS/$RUN
-KIND=(--positions "${BASH_REMATCH[2]}") OWN=() STRETCHED=(none)
-if [ "$METHOD-${BASH_REMATCH[2]}" = softmax-rope ]; then # Transformers' own model
-  OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa) STRETCHED=(none yarn:8 yarn:32 dynamic:1)
+KIND=(--positions "${BASH_REMATCH[2]}") OWN=()
+if [ "${BASH_REMATCH[2]}" = rope ]; then # as it is, and beyond the trained length
+  HOW=--rope READ=(none yarn:8 yarn:32 dynamic:1) FIND=(none yarn:16)
+  if [ "$METHOD" = softmax ]; then # Transformers' own model
+    OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa)
+  fi
+else # whole and in blocks
+  HOW=--block READ=(0 1024) FIND=(0 1024)
 fi
 shift
 for step in "${@:-${STEPS[@]}}"; do

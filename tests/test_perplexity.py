@@ -93,9 +93,9 @@ def test_compared_models_differ_by_document() -> None:
 def test_perplexity_by_length_scores_the_same_tokens_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, list[list[int]]] = {}
 
-    def record(network: Any, input_ids: torch.Tensor, scored: int) -> torch.Tensor:
+    def record(network: Any, input_ids: torch.Tensor, scored: int, **reading: Any) -> torch.Tensor:
         seen.setdefault(input_ids.shape[1], []).extend(input_ids[:, -scored:].tolist())
-        return token_losses(network, input_ids, scored)
+        return token_losses(network, input_ids, scored, **reading)
 
     monkeypatch.setattr(module, "token_losses", record)
     perplexity_by_length(model(), DOCUMENTS, [12, 40], scored=8)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .evaluation import evaluating
 
+OVERLAP = 8  # a block begins the so manyth part of it early
 READ_AT_ONCE = 1 << 14  # tokens in a forward pass, one block at least
 
 
@@ -30,8 +31,8 @@ def check_block(config: Any, block: int) -> None:
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if windows or getattr(config, "sliding_window", None) is not None:
         raise ValueError("reading in blocks needs full attention in every layer, got sliding windows; read it whole")
-    if block < 4:
-        raise ValueError(f"block must be at least 4 tokens, got {block}; give the length that was trained on")
+    if block < 1:
+        raise ValueError(f"block must be at least 1 token, got {block}; give the length that was trained on")
 
 
 def read_in_blocks(model: PreTrainedModel, input_ids: Tensor, *, block: int | None = None) -> DynamicCache:
@@ -41,8 +42,8 @@ def read_in_blocks(model: PreTrainedModel, input_ids: Tensor, *, block: int | No
     the last block itself, with all keys in sight; so does a forward pass over ``input_ids[:, -block:]``. The time taken
     grows with the length of the text, not with its square.
 
-    Each block but the first begins a quarter of a block early, with tokens whose keys are then left out, so that what
-    stands at a boundary is read together.
+    Each block but the first begins an eighth of a block early, with tokens whose keys are then left out: what stands at
+    a boundary is read together; without that it is not found again.
 
     Args:
         model: an ASEntmax model with positions "nape", "nope" or "alibi" (any alpha), and full attention.
@@ -53,14 +54,14 @@ def read_in_blocks(model: PreTrainedModel, input_ids: Tensor, *, block: int | No
         A cache of L - block tokens; an empty one of a text that is one block or less.
 
     Raises:
-        ValueError: the model's keys hold positions (RoPE), a layer has a sliding window, or the block is too short.
+        ValueError: the model's keys hold positions (RoPE), a layer has a sliding window, or the block is below 1.
     """
     block = model.config.max_position_embeddings if block is None else block
     check_block(model.config, block)
     cache = DynamicCache(config=model.config)
     ids = input_ids[:, :-block]
     rows, length = ids.shape
-    overlap = block // 4
+    overlap = block // OVERLAP
     stride = block - overlap
     first = length if length <= block else overlap + ((length - overlap) % stride or stride)
     with evaluating(model):

@@ -94,15 +94,12 @@ def test_page_prints_what_it_claims(page: str, tmp_path: Path, monkeypatch: pyte
     assert claims >= 2
 
 
-@torch.no_grad()
-def test_reading_in_blocks_is_the_whole_where_a_key_does_not_depend_on_what_came_before() -> None:
-    """docs/results.md: in one layer, where keys come from the embeddings; in two they do depend."""
+def test_what_the_results_say_of_reading_in_blocks_runs() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     (code,) = (text for kind, text in BLOCK.findall(page) if kind == "python")
-    namespace: dict[str, Any] = {"torch": torch}
+    model = patch_model(tiny_model("llama", eos_token_id=None), positions="nape").eval()
+    namespace: dict[str, Any] = {"model": model, "input_ids": random_tokens(1, 1500)}
     exec(code, namespace)
-    tokens = random_tokens(1, 24)
-    for layers in (1, 2):
-        model = patch_model(tiny_model("llama", num_hidden_layers=layers), positions="nape").eval()
-        last, whole = namespace["read_in_blocks"](model, tokens, 8).logits, model(tokens).logits[:, -8:]
-        assert torch.allclose(last, whole, atol=1e-5) == (layers == 1)
+    assert namespace["cache"].get_seq_length() >= 1500 - 1024
+    assert namespace["written"].shape == (1, 1540)
+    assert torch.equal(namespace["written"][:, :1500], namespace["input_ids"])

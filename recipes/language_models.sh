@@ -72,7 +72,7 @@ cloze() {
 }
 
 tune() {
-  [ "$HOW" = --rope ] || FIND=(0) # in blocks one prompt at a time would take an hour
+  [ "$HOW" = --rope ] || FIND=(0) # in blocks prompts are read one at a time, and these are many
   "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" --sequence_length 1024 \
     --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 --torch_compile \
     --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"

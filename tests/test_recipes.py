@@ -183,7 +183,7 @@ def test_a_run_in_miniature(tmp_path: Path) -> None:
     samples = ["--tokenizer", str(data / "tokens"), "--samples", "8", "--output", str(data / "retrieval.jsonl")]
     cli.main(["write", "retrieval", "--length", "1024", *samples])
     config = json.loads((ROOT / "recipes" / "llama-42m.json").read_text(encoding="utf-8"))
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 2, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(config | small), encoding="utf-8")
     brief = "--max_steps 2 --use_cpu true --torch_compile false"
@@ -196,7 +196,7 @@ def test_a_run_in_miniature(tmp_path: Path) -> None:
         DATA=data,
         TRAIN_OPTIONS=f"--config {tmp_path / 'config.json'} {brief}",
         TUNE_OPTIONS=brief,
-        LENGTHS="600 1024",
+        LENGTHS="1024 2600",
         RETRIEVAL_LENGTHS="1024",
         SAMPLES=1,
     )
@@ -206,7 +206,10 @@ def test_a_run_in_miniature(tmp_path: Path) -> None:
     assert sorted(path.stem for path in out.glob("*.done")) == sorted(steps)
     for corpus in ("prose", "code"):
         rows = json.loads((out / f"perplexity-{corpus}" / "results.json").read_text(encoding="utf-8"))["by_length"]
-        assert [row["length"] for row in rows] == [600, 1024]
+        assert [row["length"] for row in rows] == [1024, 2600] * 2
+        assert [row["method"] for row in rows[1:3]] == ["asentmax", "asentmax, blocks:1024"]
+        assert rows[0]["perplexity"] == pytest.approx(rows[2]["perplexity"])
+        assert rows[1]["perplexity"] != rows[3]["perplexity"]
     found = {path.parent.relative_to(out.parent).as_posix() for path in out.parent.glob("*/*/*/results.json")}
     tuned = ("depths/needle", "depths/multikey", *(f"retrieval/{task}" for task in TASKS if task not in DEPTH_TASKS))
     assert found == {

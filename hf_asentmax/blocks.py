@@ -43,7 +43,7 @@ def read_in_blocks(model: PreTrainedModel, input_ids: Tensor, *, block: int | No
     grows with the length of the text, not with its square.
 
     Each block but the first begins an eighth of a block early, with tokens whose keys are then left out: what stands at
-    a boundary is read together; without that it is not found again.
+    a boundary is read together; without that it is seldom found again.
 
     Args:
         model: an ASEntmax model with positions "nape", "nope" or "alibi" (any alpha), and full attention.

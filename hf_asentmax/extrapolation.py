@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,6 +18,7 @@ from .adapters import load_causal_model, load_config
 from .blocks import check_block
 from .evaluation import model_names
 
+T = TypeVar("T")
 BARE = "none"
 ROPE_TYPES = ("yarn", "dynamic")  # as Transformers calls them
 ROPE_HELP = (
@@ -37,12 +38,15 @@ def rope_choices(given: Sequence[str] | None, models: Sequence[str]) -> list[str
     Raises:
         ValueError: there are neither one nor as many choices as models.
     """
-    choices = list(given or [BARE])
-    if len(choices) not in (1, len(models)):
+    return _for_each("rope", given or [BARE], models)
+
+
+def _for_each(what: str, given: Sequence[T], models: Sequence[str]) -> list[T]:
+    if len(given) not in (1, len(models)):
         raise ValueError(
-            f"rope must be given once or for each of the {len(models)} models, got {choices!r}; correct it"
+            f"{what} must be given once or for each of the {len(models)} models, got {list(given)!r}; correct it"
         )
-    return choices * (len(models) // len(choices))
+    return list(given) * (len(models) // len(given))
 
 
 def extend_rope(config: PretrainedConfig, choice: str) -> None:
@@ -159,12 +163,7 @@ def readings(
         ValueError: there are neither one nor as many of them as models, or a model can't be read so.
         OSError: there is no such model.
     """
-    if len(block) not in (1, len(models)):
-        raise ValueError(
-            f"block must be given once or for each of the {len(models)} models, got {list(block)!r}; correct it"
-        )
-    blocks = list(block) * (len(models) // len(block))
-    ropes = rope_choices(rope, models)
+    ropes, blocks = rope_choices(rope, models), _for_each("block", block, models)
     found = [Reading(*each) for each in zip(models, model_names(names, models), ropes, blocks, strict=True)]
     for reading in found:
         config = load_config(reading.source)

@@ -6,8 +6,8 @@ usage() {
   cat <<'TEXT'
 usage: bash recipes/conversion.sh data                        once, behind recipes/language_models.sh data: tokenise
        bash recipes/conversion.sh tune RUN STEPS              fine-tune for so many steps: runs/smollm2-RUN-STEPS
-       bash recipes/conversion.sh measure RUN TWIN STEPS      perplexity, zeros and retrieval of a run, a twin and the model
-                                                              that both began from; beyond its 8,192 tokens by YaRN too
+       bash recipes/conversion.sh measure RUN TWIN STEPS [PART ...]
+                  a run, a twin and the model that both began from, beyond its 8,192 tokens by YaRN too
 
 RUN    annealed       alpha from 1 to 1.5 in the first 40 % of the steps
        sooner         in the first 15 %
@@ -17,10 +17,12 @@ RUN    annealed       alpha from 1 to 1.5 in the first 40 % of the steps
        lora           annealed, LoRA of rank 16 and the query scale, at 1e-3
        twin           softmax
        annealed-5e-4, annealed-1e-3, twin-5e-4, twin-1e-3     at other learning rates than 2e-4
+PART   prose, code (perplexity), sparsity, retrieval, speed (of training steps); by default all
 
 variables, with their defaults:
   SMOLLM2=smollm2               folder or Hub id of the model
   DATA=data  RUNS=runs  PYTHON=python
+  LENGTH=2048                   tokens of a row in tune; a step has 65,536
   TUNE_OPTIONS                  more options of finetune.py
   LENGTHS='2048 4096 8192 16384 32768'  SAMPLES=20
 Paths are taken from the root of the repository.
@@ -32,9 +34,11 @@ refuse() {
 }
 
 cd "$(dirname "$0")/.."
-DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SMOLLM2=${SMOLLM2:-smollm2} SAMPLES=${SAMPLES:-20}
+DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SMOLLM2=${SMOLLM2:-smollm2}
+LENGTH=${LENGTH:-2048} SAMPLES=${SAMPLES:-20}
 read -ra LENGTHS <<<"${LENGTHS:-2048 4096 8192 16384 32768}"
 read -ra MORE <<<"${TUNE_OPTIONS:-}"
+PARTS=(prose code sparsity retrieval speed)
 SCALE=(--query_scale_learning_rate 1e-3)
 
 options() { # of a run
@@ -51,6 +55,26 @@ options() { # of a run
   esac
 }
 
+prose() {
+  "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/${1:-prose}/long.parquet" --lengths "${LENGTHS[@]}" \
+    "${MODELS[@]}" --output_dir "$OUT/perplexity-${1:-prose}"
+}
+code() {
+  prose code
+}
+sparsity() {
+  "$PYTHON" scripts/analyze.py --figures sparsity heads --model "$OUT" --data "$DATA/prose/long.parquet" \
+    --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"
+}
+retrieval() {
+  "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
+    "${MODELS[@]}" --batch_size 10 --output_dir "$OUT/retrieval"
+}
+speed() {
+  "$PYTHON" scripts/benchmark_attention.py --checkpoints "$SMOLLM2" "$TWIN" "$OUT" --data "$DATA/prose/long.parquet" \
+    --contexts 2048 8192 32768 --output_dir "$OUT/speed"
+}
+
 case "${1:-} $#" in
   " "* | "-h "* | "--help "*) usage ;;
   "data 1")
@@ -60,23 +84,22 @@ case "${1:-} $#" in
   "tune 3")
     OWN=$(options "$2")
     read -ra OWN <<<"$OWN"
-    "$PYTHON" scripts/finetune.py --model "$SMOLLM2" --data "$DATA/tokens-smollm2" --sequence_length 2048 \
-      --max_steps "$3" --per_device_train_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 2e-4 \
+    "$PYTHON" scripts/finetune.py --model "$SMOLLM2" --data "$DATA/tokens-smollm2" --sequence_length "$LENGTH" \
+      --max_steps "$3" --per_device_train_batch_size $((32768 / LENGTH)) --gradient_accumulation_steps 2 --learning_rate 2e-4 \
       --weight_decay 0.01 --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 0.05 --bf16 --torch_compile \
       --save_strategy no --eval_data "$DATA/*/short.parquet" "${OWN[@]}" "${MORE[@]}" --output_dir "$RUNS/smollm2-$2-$3"
     ;;
-  "measure 4")
+  "measure "[456789])
     OUT=$RUNS/smollm2-$2-$4 TWIN=$RUNS/smollm2-$3-$4
     MODELS=(--model "$TWIN" "$OUT" "$SMOLLM2" "$TWIN" "$OUT" --rope none none none yarn:4 yarn:4 --bf16
       --method twin ASEntmax original twin ASEntmax)
-    for corpus in prose code; do
-      "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" \
-        "${MODELS[@]}" --output_dir "$OUT/perplexity-$corpus"
+    for part in "${@:5}"; do
+      [[ " ${PARTS[*]} " == *" $part "* ]] || refuse "PART must be one of ${PARTS[*]}, got $part"
     done
-    "$PYTHON" scripts/analyze.py --figures sparsity heads --model "$OUT" --data "$DATA/prose/long.parquet" \
-      --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"
-    "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
-      "${MODELS[@]}" --batch_size 10 --output_dir "$OUT/retrieval"
+    [ $# -gt 4 ] || set -- "$@" "${PARTS[@]}"
+    for part in "${@:5}"; do
+      "$part"
+    done
     ;;
-  *) refuse "the words must be data, or tune RUN STEPS, or measure RUN TWIN STEPS, got '$*'" ;;
+  *) refuse "the words must be data, or tune RUN STEPS, or measure RUN TWIN STEPS [PART ...], got '$*'" ;;
 esac

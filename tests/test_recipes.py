@@ -157,6 +157,7 @@ def test_a_report_takes_what_runs_have(stand_in: Path, tmp_path: Path, monkeypat
         ("language_models", ["data", "prose.parquet"], "data must have two corpora"),
         ("language_models", ["report"], "report must have the runs to put side by side"),
         ("conversion", ["tune", "annealed"], "the words must be data, or tune RUN STEPS"),
+        ("conversion", ["measure", "jump", "twin", "20", "heads"], "PART must be one of prose code sparsity"),
         ("conversion", ["tune", "softmax", "20"], "RUN must be one of those that --help names, got softmax"),
     ],
 )

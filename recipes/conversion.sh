@@ -16,13 +16,13 @@ RUN    annealed       alpha from 1 to 1.5 in the first 40 % of the steps
        scale-faster   annealed, the query scale at five times the rate
        lora           annealed, LoRA of rank 16 and the query scale, at 1e-3
        twin           softmax
-       annealed-5e-4, annealed-1e-3, twin-5e-4, twin-1e-3     at other learning rates than 2e-4
+       Behind any of them another learning rate than 2e-4: scale-faster-1e-3 and twin-1e-3 are the best.
 PART   prose, code (perplexity), sparsity, retrieval, speed (of training steps); by default all
 
 variables, with their defaults:
   SMOLLM2=smollm2               folder or Hub id of the model
   DATA=data  RUNS=runs  PYTHON=python
-  LENGTH=2048                   tokens of a row in tune; a step has 65,536
+  LENGTH=8192                   tokens of a row in tune, at most 32,768; a step has 65,536
   TUNE_OPTIONS                  more options of finetune.py
   LENGTHS='2048 4096 8192 16384 32768'  SAMPLES=20
 Paths are taken from the root of the repository.
@@ -35,13 +35,15 @@ refuse() {
 
 cd "$(dirname "$0")/.."
 DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SMOLLM2=${SMOLLM2:-smollm2}
-LENGTH=${LENGTH:-2048} SAMPLES=${SAMPLES:-20}
+LENGTH=${LENGTH:-8192} SAMPLES=${SAMPLES:-20}
 read -ra LENGTHS <<<"${LENGTHS:-2048 4096 8192 16384 32768}"
 read -ra MORE <<<"${TUNE_OPTIONS:-}"
 PARTS=(prose code sparsity retrieval speed)
+export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true # a layer is compiled, not 30
 SCALE=(--query_scale_learning_rate 1e-3)
 
 options() { # of a run
+  local base
   case $1 in
     annealed) echo "${SCALE[*]} --alpha_fraction 0.4" ;;
     sooner) echo "${SCALE[*]} --alpha_fraction 0.15" ;;
@@ -50,14 +52,17 @@ options() { # of a run
     scale-faster) echo "--query_scale_learning_rate 5e-3 --alpha_fraction 0.4" ;;
     lora) echo "$(options annealed) --lora_r 16 --learning_rate 1e-3" ;;
     twin) echo "--attention softmax" ;;
-    annealed-5e-4 | annealed-1e-3 | twin-5e-4 | twin-1e-3) echo "$(options "${1%%-*}") --learning_rate ${1#*-}" ;;
+    *-[1-9]e-[1-9]) base=$(options "${1%-?e-?}") && echo "$base --learning_rate ${1: -4}" ;;
     *) refuse "RUN must be one of those that --help names, got $1" ;;
   esac
 }
 
 prose() {
-  "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/${1:-prose}/long.parquet" --lengths "${LENGTHS[@]}" \
-    "${MODELS[@]}" --output_dir "$OUT/perplexity-${1:-prose}"
+  local rope
+  for rope in none yarn:4; do
+    "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/${1:-prose}/long.parquet" --lengths "${LENGTHS[@]}" \
+      "${MODELS[@]}" --rope $rope --buckets 0 --output_dir "$OUT/perplexity-${1:-prose}-${rope%:*}"
+  done
 }
 code() {
   prose code
@@ -67,8 +72,11 @@ sparsity() {
     --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"
 }
 retrieval() {
-  "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
-    "${MODELS[@]}" --batch_size 10 --output_dir "$OUT/retrieval"
+  local rope
+  for rope in none yarn:4; do
+    "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
+      "${MODELS[@]}" --rope $rope --batch_size 10 --output_dir "$OUT/retrieval-${rope%:*}"
+  done
 }
 speed() {
   "$PYTHON" scripts/benchmark_attention.py --checkpoints "$SMOLLM2" "$TWIN" "$OUT" --data "$DATA/prose/long.parquet" \
@@ -91,8 +99,7 @@ case "${1:-} $#" in
     ;;
   "measure "[456789])
     OUT=$RUNS/smollm2-$2-$4 TWIN=$RUNS/smollm2-$3-$4
-    MODELS=(--model "$TWIN" "$OUT" "$SMOLLM2" "$TWIN" "$OUT" --rope none none none yarn:4 yarn:4 --bf16
-      --method twin ASEntmax original twin ASEntmax)
+    MODELS=(--model "$TWIN" "$OUT" "$SMOLLM2" --method twin ASEntmax original --bf16)
     for part in "${@:5}"; do
       [[ " ${PARTS[*]} " == *" $part "* ]] || refuse "PART must be one of ${PARTS[*]}, got $part"
     done

@@ -13,6 +13,7 @@ from typing import Any
 import entmax as oracle
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from helpers import CLASSES, TOLERANCE, WINDOWS, auto_classes, random_tokens, tiny_config
 from processes import run_python
 from test_patching import FOUND, attention_modules, entmax_model, native_model, randomize_scale
@@ -575,6 +576,19 @@ def test_model_compiles_once_for_a_schedule_of_alpha(tokens: torch.Tensor) -> No
     assert counter.frame_count == 1
     set_alpha(model, alpha)
     torch.testing.assert_close(model(tokens).logits, logits, **CLOSE)
+
+
+def test_layers_compiled_by_themselves_share_a_graph(tokens: torch.Tensor) -> None:
+    """Accelerate's regional compilation; ten layers are more than the graphs that a function may have."""
+    frames = []
+    for layers in (1, 10):
+        model, counter = entmax_model(config={"num_hidden_layers": layers}).train(), CompileCounter()
+        expected = model(tokens, use_cache=False).logits
+        torch.compiler.reset()
+        compiled = compile_regions(model, fullgraph=True, backend=counter)
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected, **CLOSE)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1]
 
 
 @pytest.mark.parametrize("name", ["rope", "nape", "window"])

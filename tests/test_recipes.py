@@ -98,7 +98,7 @@ def test_commands_fit_the_scripts(run: str, stand_in: Path, tmp_path: Path, monk
     assert ("--positions" in train) != (run == "softmax-rope-0")
 
 
-CONVERSIONS = ["annealed", "sooner", "jump", "no-scale", "scale-faster", "lora", "twin", "annealed-5e-4", "twin-1e-3"]
+CONVERSIONS = ["annealed", "sooner", "jump", "no-scale", "scale-faster", "lora", "twin", "scale-faster-1e-3", "twin-1e-3"]
 
 
 def test_commands_of_the_conversion_fit_the_scripts(
@@ -159,6 +159,7 @@ def test_a_report_takes_what_runs_have(stand_in: Path, tmp_path: Path, monkeypat
         ("conversion", ["tune", "annealed"], "the words must be data, or tune RUN STEPS"),
         ("conversion", ["measure", "jump", "twin", "20", "heads"], "PART must be one of prose code sparsity"),
         ("conversion", ["tune", "softmax", "20"], "RUN must be one of those that --help names, got softmax"),
+        ("conversion", ["tune", "softmax-1e-3", "20"], "RUN must be one of those that --help names, got softmax"),
     ],
 )
 def test_wrong_words_are_refused(script: str, words: list[str], rule: str, stand_in: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Beyond the trained length without training: YaRN and dynamic NTK, by Transformers' own rope parameters; in blocks.
 
 Bare RoPE fails beyond the length it was trained at, so a comparison at such lengths needs these. Nothing is written:
-the config is changed when the model is loaded. What has no RoPE may read in blocks (:mod:`hf_asentmax.blocks`).
+the config is changed when the model is loaded. In blocks: :mod:`hf_asentmax.blocks`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ROPE_HELP = (
 )
 BLOCKS = "blocks"
 BLOCK_HELP = (
-    "Read all but the last so many tokens in blocks of so many, the trained length, that don't see each other, for all "
-    "models or one for each; 0: whole. For positions nape, nope and alibi."
+    "Read all but the last so many tokens in blocks of so many that don't see each other, for all models or one for "
+    "each; 0: whole. The trained length, with RoPE half of it or less."
 )
 
 

@@ -43,13 +43,15 @@ def token_losses(model: PreTrainedModel, input_ids: Tensor, scored: int, *, bloc
         model: a causal language model, in eval mode.
         input_ids: (B, L), int64, L > scored.
         scored: how many tokens to score, from the end.
-        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; more than scored.
+        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; at least scored.
 
     Returns:
         (B, scored), float32.
     """
     if 0 < block < input_ids.shape[1]:
-        past, last = read_in_blocks(model, input_ids, block=block), input_ids[:, -block:]
+        more = int(block == scored)  # the token before the first scored one is read with the last block
+        past = read_in_blocks(model, input_ids[:, : input_ids.shape[1] - more], block=block)
+        last = input_ids[:, -block - more :]
         output = model.base_model(input_ids=last, past_key_values=past, use_cache=True)
     else:
         output = model.base_model(input_ids=input_ids, use_cache=False)
@@ -89,20 +91,20 @@ def perplexity_by_length(
         documents: token ids.
         lengths: context lengths in tokens, the scored ones included.
         scored: tokens scored at the end of each document, the same at every length.
-        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; more than scored.
+        block: with 0 the text is read whole, else as :func:`hf_asentmax.blocks.read_in_blocks` does; at least scored.
 
     Returns:
         One row a length: length, perplexity, its 95 % interval (low, high), documents, tokens, and losses, the mean
         negative log-likelihood of each document in nats, of which the perplexity is exp of the mean.
 
     Raises:
-        ValueError: a length or block does not exceed ``scored``, no document is long enough, or the model can't read in
-            blocks.
+        ValueError: a length does not exceed ``scored``, the block is less, no document is long enough, or the model
+            can't read in blocks.
     """
     if block:
         check_block(model.config, block)
-        if block <= scored:
-            raise ValueError(f"block must exceed the {scored} scored tokens, got {block}; lower the scored tokens")
+        if block < scored:
+            raise ValueError(f"block must be at least the {scored} scored tokens, got {block}; lower the scored tokens")
     if min(lengths) <= scored:
         raise ValueError(f"lengths must exceed the {scored} scored tokens, got {min(lengths)}; lower the scored tokens")
     longest = max(lengths)

@@ -7,7 +7,7 @@ usage() {
 usage: bash recipes/conversion.sh data                        once, behind recipes/language_models.sh data: tokenise
        bash recipes/conversion.sh tune RUN STEPS              fine-tune for so many steps: runs/smollm2-RUN-STEPS
        bash recipes/conversion.sh measure RUN TWIN STEPS [PART ...]
-                  a run, a twin and the model that both began from, beyond its 8,192 tokens by YaRN too
+                  a run, a twin and the model that both began from; beyond its 8,192 tokens by YaRN and in blocks too
 
 RUN    annealed       alpha from 1 to 1.5 in the first 40 % of the steps
        sooner         in the first 15 %
@@ -57,12 +57,15 @@ options() { # of a run
   esac
 }
 
+each_way() { # FOLDER WORD ...   reading whole, whole by YaRN, and in blocks
+  "${@:2}" --output_dir "$OUT/$1-whole"
+  "${@:2}" --rope yarn:4 --output_dir "$OUT/$1-yarn"
+  "${@:2}" --block 4096 --output_dir "$OUT/$1-blocks"
+}
 prose() {
-  local rope
-  for rope in none yarn:4; do
-    "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/${1:-prose}/long.parquet" --lengths "${LENGTHS[@]}" \
-      "${MODELS[@]}" --rope $rope --buckets 0 --output_dir "$OUT/perplexity-${1:-prose}-${rope%:*}"
-  done
+  local corpus=${1:-prose}
+  each_way "perplexity-$corpus" "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" \
+    --lengths "${LENGTHS[@]}" "${MODELS[@]}" --buckets 0
 }
 code() {
   prose code
@@ -72,11 +75,8 @@ sparsity() {
     --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"
 }
 retrieval() {
-  local rope
-  for rope in none yarn:4; do
-    "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" --samples "$SAMPLES" \
-      "${MODELS[@]}" --rope $rope --batch_size 10 --output_dir "$OUT/retrieval-${rope%:*}"
-  done
+  each_way retrieval "$PYTHON" scripts/evaluate_retrieval.py --task needle passkey --lengths "${LENGTHS[@]}" \
+    --samples "$SAMPLES" "${MODELS[@]}" --batch_size 10
 }
 speed() {
   "$PYTHON" scripts/benchmark_attention.py --checkpoints "$SMOLLM2" "$TWIN" "$OUT" --data "$DATA/prose/long.parquet" \

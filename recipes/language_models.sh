@@ -9,7 +9,7 @@ usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, to
        bash recipes/language_models.sh report RUN ...         what runs gave, side by side: tables and pictures in RUNS/report
 
 RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA). RoPE is measured
-       with YaRN and NTK too, other positions in blocks of 1,024 tokens.
+       with YaRN and NTK too, all in blocks: of 1,024 tokens, RoPE of 512.
 STEP   train, perplexity, retrieval (zero-shot), cloze (lm-eval), tune (fine-tuning on retrieval, and retrieval again); by
        default all. A step that is done is not done again; a training that was stopped goes on.
 PROSE and CODE are corpora with the columns text, path, group and source.
@@ -51,18 +51,20 @@ train() {
 }
 
 perplexity() {
+  ROPES=("${READ_ROPES[@]}") BLOCKS=("${READ_BLOCKS[@]}")
   for corpus in prose code; do
     "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --bf16 \
-      --model "${READ[@]/*/$OUT}" "$HOW" "${READ[@]}" --output_dir "$OUT/perplexity-$corpus"
+      --model "${BLOCKS[@]/*/$OUT}" --rope "${ROPES[@]}" --block "${BLOCKS[@]}" --output_dir "$OUT/perplexity-$corpus"
   done
 }
 
 find_facts() { # MODEL FOLDER SAMPLES TASK ...
   "$PYTHON" scripts/evaluate_retrieval.py --task "${@:4}" --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$3" \
-    --model "${FIND[@]/*/$1}" "$HOW" "${FIND[@]}" --batch_size 25 --bf16 --output_dir "$2"
+    --model "${BLOCKS[@]/*/$1}" --rope "${ROPES[@]}" --block "${BLOCKS[@]}" --batch_size 25 --bf16 --output_dir "$2"
 }
 
 retrieval() {
+  ROPES=("${FIND_ROPES[@]}") BLOCKS=("${FIND_BLOCKS[@]}")
   find_facts "$OUT" "$OUT/retrieval" "$SAMPLES" needle passkey
 }
 
@@ -72,10 +74,12 @@ cloze() {
 }
 
 tune() {
-  [ "$HOW" = --rope ] || FIND=(0) # in blocks prompts are read one at a time, and these are many
-  "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" --sequence_length 1024 \
-    --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 --torch_compile \
-    --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"
+  # The last is in blocks, where prompts are read one at a time, and these are many.
+  ROPES=("${FIND_ROPES[@]::${#FIND_ROPES[@]}-1}") BLOCKS=("${FIND_BLOCKS[@]::${#FIND_BLOCKS[@]}-1}")
+  [ -e "$OUT-tuned/results.json" ] ||
+    "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" \
+      --sequence_length 1024 --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 \
+      --torch_compile --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"
   find_facts "$OUT-tuned" "$OUT-tuned/depths" "$SAMPLES" needle multikey
   find_facts "$OUT-tuned" "$OUT-tuned/retrieval" "$((5 * SAMPLES))" passkey multivalue multiquery variables common_words \
     frequent_words
@@ -111,12 +115,13 @@ RUN=$1
 METHOD=${BASH_REMATCH[1]} SEED=${BASH_REMATCH[3]} OUT=$RUNS/$RUN
 KIND=(--positions "${BASH_REMATCH[2]}") OWN=()
 if [ "${BASH_REMATCH[2]}" = rope ]; then # as it is, and beyond the trained length
-  HOW=--rope READ=(none yarn:8 yarn:32 dynamic:1) FIND=(none yarn:16)
+  READ_ROPES=(none yarn:8 yarn:32 dynamic:1 none) READ_BLOCKS=(0 0 0 0 512)
+  FIND_ROPES=(none yarn:16 none) FIND_BLOCKS=(0 0 512)
   if [ "$METHOD" = softmax ]; then # Transformers' own model
     OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa)
   fi
 else # whole and in blocks
-  HOW=--block READ=(0 1024) FIND=(0 1024)
+  READ_ROPES=(none none) READ_BLOCKS=(0 1024) FIND_ROPES=(none none) FIND_BLOCKS=(0 1024)
 fi
 shift
 for step in "${@:-${STEPS[@]}}"; do

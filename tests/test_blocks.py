@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_model
+from helpers import TOLERANCE, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieval_setup import VOCABULARY, byte_tokenizer
+from transformers import DynamicCache
 
 from hf_asentmax import blocks as module
 from hf_asentmax import patch_model, read_in_blocks
@@ -33,9 +34,13 @@ def windows(length: int, block: int) -> list[tuple[int, int, int]]:
     return [(0, end, 0), *reversed(found)] if end else found
 
 
+def before(place: int, tokens: int) -> torch.Tensor:
+    return torch.arange(place - tokens, place)[None]
+
+
 @given(length=st.integers(0, 60), block=st.integers(1, 20), rows=st.integers(1, 3))
 @settings(max_examples=40)
-@pytest.mark.parametrize("positions", ["nape", "nope", "alibi"])
+@pytest.mark.parametrize("positions", ["nape", "nope", "alibi", "rope"])
 def test_cache_holds_what_each_window_gives_by_itself(positions: str, length: int, block: int, rows: int) -> None:
     network, ids = model(positions), random_tokens(rows, length + block)
     cache = read_in_blocks(network, ids, block=block)
@@ -44,7 +49,7 @@ def test_cache_holds_what_each_window_gives_by_itself(positions: str, length: in
         own = [
             [
                 (layer.keys[:, :, skipped:], layer.values[:, :, skipped:])
-                for layer in network(ids[:, start:end], use_cache=True).past_key_values.layers
+                for layer in network(ids[:, start:end], position_ids=before(length, end - start)).past_key_values.layers
             ]
             for start, end, skipped in windows(length, block)
         ]
@@ -76,8 +81,30 @@ def test_a_single_layer_reads_in_blocks_as_it_reads_the_whole() -> None:
         torch.testing.assert_close(network(ids[:, -BLOCK:], past_key_values=cache).logits, whole)
 
 
-def test_generate_goes_on_behind_the_blocks() -> None:
-    network, ids = model(), random_tokens(2, 50)
+@pytest.mark.parametrize("patched", [True, False])
+@torch.no_grad()
+def test_rope_has_all_blocks_just_before_the_last(patched: bool) -> None:
+    """What the last block gets is what it gets at another place that is as far from the others; of a text of two blocks
+    what it gets of the whole."""
+    network, ids = model("rope") if patched else tiny_model("llama"), random_tokens(2, 60)
+    cache, parts = read_in_blocks(network, ids, block=BLOCK), []
+    for start, end, skipped in windows(60 - BLOCK, BLOCK):
+        own = network(ids[:, start:end], position_ids=before(BLOCK, end - start)).past_key_values
+        parts.append([(layer.keys[:, :, skipped:], layer.values[:, :, skipped:]) for layer in own.layers])
+    expected = DynamicCache(config=network.config)
+    for index in range(len(parts[0])):
+        expected.update(*(torch.cat([part[index][i] for part in parts], dim=2) for i in (0, 1)), index)
+    last = network(ids[:, -BLOCK:], past_key_values=expected, position_ids=before(2 * BLOCK, BLOCK)).logits
+    torch.testing.assert_close(network(ids[:, -BLOCK:], past_key_values=cache).logits, last, **TOLERANCE[torch.float32])
+    two = ids[:, -2 * BLOCK :]
+    cache = read_in_blocks(network, two, block=BLOCK)
+    logits = network(two[:, -BLOCK:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, network(two).logits[:, -BLOCK:], **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("positions", ["nape", "rope"])
+def test_generate_goes_on_behind_the_blocks(positions: str) -> None:
+    network, ids = model(positions), random_tokens(2, 50)
     cache = read_in_blocks(network, ids, block=BLOCK)
     written = network.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert written.shape == (2, 54)
@@ -94,20 +121,22 @@ def test_block_is_the_trained_length_by_default_and_the_model_is_left_as_it_was(
     network = model(max_position_embeddings=16).train()
     cache = read_in_blocks(network, random_tokens(1, 40))
     assert cache.get_seq_length() == 24
+    assert read_in_blocks(model("rope", max_position_embeddings=16), random_tokens(1, 40)).get_seq_length() == 32
     assert network.training
     assert not cache.layers[0].keys.requires_grad
 
 
-def test_losses_of_the_last_tokens_behind_blocks() -> None:
+@pytest.mark.parametrize(("scored", "more"), [(4, 0), (BLOCK, 1)])
+def test_losses_of_the_last_tokens_behind_blocks(scored: int, more: int) -> None:
     network, documents = model(), [random_tokens(40 + seed, seed=seed).tolist() for seed in range(3)]
-    rows = perplexity_by_length(network, documents, [BLOCK, 40], scored=4, block=BLOCK)
+    rows = perplexity_by_length(network, documents, [BLOCK + 1, 40], scored=scored, block=BLOCK)
     for row in rows:
         for loss, ids in zip(row["losses"], documents, strict=True):
             part = torch.tensor([ids[-row["length"] :]])
             with torch.no_grad():
-                cache = read_in_blocks(network, part, block=BLOCK)
-                logits = network(part[:, -BLOCK:], past_key_values=cache).logits[0, -5:-1]
-            expected = torch.nn.functional.cross_entropy(logits, part[0, -4:])
+                cache = read_in_blocks(network, part[:, : row["length"] - more], block=BLOCK)
+                logits = network(part[:, -BLOCK - more :], past_key_values=cache).logits[0, -scored - 1 : -1]
+            expected = torch.nn.functional.cross_entropy(logits, part[0, -scored:])
             assert loss == pytest.approx(expected.item(), rel=1e-5)
     whole = token_losses(network, torch.tensor([documents[0][-40:]]), 4)
     assert (whole - token_losses(network, torch.tensor([documents[0][-40:]]), 4, block=BLOCK)).abs().max() > 1e-4
@@ -115,22 +144,26 @@ def test_losses_of_the_last_tokens_behind_blocks() -> None:
 
 def test_what_cannot_be_read_in_blocks_is_refused(tmp_path: Path) -> None:
     ids = random_tokens(1, 40)
-    for network in (patch_model(tiny_model("llama")), tiny_model("llama")):
-        with pytest.raises(ValueError, match="positions must be nape, nope or alibi, got rope"):
+    for kind, network in {"dynamic": model("rope"), "None": tiny_model("llama")}.items():
+        network.config.rope_parameters = {"rope_type": kind, "factor": 2.0} if kind == "dynamic" else None
+        with pytest.raises(ValueError, match=f"needs RoPE of one of the types default, .*, got {kind}; read it whole"):
             read_in_blocks(network, ids, block=BLOCK)
+    with pytest.raises(ValueError, match="block must be at most 15 tokens with RoPE, half of .*, got 16; lower it"):
+        read_in_blocks(model("rope", max_position_embeddings=31), ids, block=BLOCK)
     with pytest.raises(ValueError, match="got sliding windows"):
         read_in_blocks(patch_model(tiny_model("mistral", sliding_window=4), positions="nape"), ids, block=BLOCK)
     with pytest.raises(ValueError, match="block must be at least 1 token, got 0"):
         read_in_blocks(model(), ids, block=0)
-    with pytest.raises(ValueError, match="block must exceed the 8 scored tokens, got 8"):
-        perplexity_by_length(model(), [ids[0].tolist()], [40], scored=8, block=8)
+    with pytest.raises(ValueError, match="block must be at least the 8 scored tokens, got 7"):
+        perplexity_by_length(model(), [ids[0].tolist()], [40], scored=8, block=7)
     with pytest.raises(ValueError, match="batch_size must be 1 where prompts are read in blocks, got 2"):
         retrieve(model(), byte_tokenizer(), "needle", [600], batch_size=2, block=BLOCK)
     model().save_pretrained(tmp_path / "nape")
     patch_model(tiny_model("llama")).save_pretrained(tmp_path / "rope")
     models = [str(tmp_path / "nape"), str(tmp_path / "rope")]
-    with pytest.raises(ValueError, match="got rope; stretch RoPE instead"):
-        next(run_perplexity(PerplexityArguments(model=models, data="none.jsonl", block=[BLOCK])))
+    stretched = PerplexityArguments(model=models, data="none.jsonl", rope=["none", "dynamic:2"], block=[BLOCK])
+    with pytest.raises(ValueError, match="got dynamic; read it whole"):
+        next(run_perplexity(stretched))
     with pytest.raises(ValueError, match="block must be given once or for each of the 2 models"):
         next(run_retrieval(RetrievalArguments(model=models, block=[0, BLOCK, 0])))
 

@@ -98,7 +98,17 @@ def test_commands_fit_the_scripts(run: str, stand_in: Path, tmp_path: Path, monk
     assert ("--positions" in train) != (run == "softmax-rope-0")
 
 
-CONVERSIONS = ["annealed", "sooner", "jump", "no-scale", "scale-faster", "lora", "twin", "scale-faster-1e-3", "twin-1e-3"]
+CONVERSIONS = [
+    "annealed",
+    "sooner",
+    "jump",
+    "no-scale",
+    "scale-faster",
+    "lora",
+    "twin",
+    "scale-faster-1e-3",
+    "twin-1e-3",
+]
 
 
 def test_commands_of_the_conversion_fit_the_scripts(
@@ -127,6 +137,15 @@ def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
     assert again.returncode == 0
     assert "ssmax-nape-1 train: done before" in again.stdout
     assert [words[0] for words in calls(stand_in)] == ["scripts/evaluate_retrieval.py"]
+
+
+def test_a_finished_fine_tuning_is_kept_where_its_evaluation_failed(stand_in: Path, tmp_path: Path) -> None:
+    where = {"PYTHON": stand_in, "RUNS": tmp_path / "runs", "DATA": tmp_path / "data"}
+    assert recipe("ssmax-nape-1", "train", "tune", **where, FAIL="evaluate_retrieval").returncode != 0
+    (tmp_path / "runs" / "ssmax-nape-1-tuned" / "results.json").touch()
+    calls(stand_in)
+    assert recipe("ssmax-nape-1", "tune", **where).returncode == 0
+    assert {words[0] for words in calls(stand_in)} == {"scripts/evaluate_retrieval.py"}
 
 
 def test_a_report_takes_what_runs_have(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

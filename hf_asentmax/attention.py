@@ -84,7 +84,7 @@ class ASEntmaxMixin(nn.Module):
                 f'"{self.config._attn_implementation}"; call unpatch_model(model) to return to softmax'
             )
         intervals = check_intervals(kwargs.get("attention_mask"), hidden_states)
-        check = not torch.compiler.is_compiling() and getattr(self, "layer_idx", 0) == 0  # a graph for every layer
+        check = not torch.compiler.is_compiling() and getattr(self, "layer_idx", 0) == 0  # no guard on it
         intervals = kwargs["attention_mask"] = separate_documents(intervals, kwargs, check)
         n = once(intervals, "n", lambda: (intervals[..., 1] - intervals[..., 0])[:, 0])
         scale, alpha = self.query_scale(hidden_states, n)

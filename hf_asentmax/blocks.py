@@ -30,7 +30,7 @@ def check_block(config: Any, block: int) -> None:
     if windows or getattr(config, "sliding_window", None) is not None:
         raise ValueError("reading in blocks needs full attention in every layer, got sliding windows; read it whole")
     if block < 1:
-        raise ValueError(f"block must be at least 1 token, got {block}; give {default_block(config)}, as was trained")
+        raise ValueError(f"block must be at least 1 token, got {block}; try {default_block(config)}")
     if getattr(config, "positions", "rope") != "rope":
         return
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")

@@ -62,14 +62,12 @@ each_way() { # FOLDER WORD ...   reading whole, whole by YaRN, and in blocks
   "${@:2}" --rope yarn:4 --output_dir "$OUT/$1-yarn"
   "${@:2}" --block 4096 --output_dir "$OUT/$1-blocks"
 }
-prose() {
-  local corpus=${1:-prose}
-  each_way "perplexity-$corpus" "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" \
+perplexity() { # CORPUS
+  each_way "perplexity-$1" "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$1/long.parquet" \
     --lengths "${LENGTHS[@]}" "${MODELS[@]}" --buckets 0
 }
-code() {
-  prose code
-}
+prose() { perplexity prose; }
+code() { perplexity code; }
 sparsity() {
   "$PYTHON" scripts/analyze.py --figures sparsity heads --model "$OUT" --data "$DATA/prose/long.parquet" \
     --lengths 2048 8192 --samples 2 --dtype bfloat16 --output_dir "$OUT/analysis"

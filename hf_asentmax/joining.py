@@ -32,8 +32,8 @@ class JoinArguments:
     )
     method: list[str] | None = option(
         None,
-        "Names, one for each of --results; how each reads (--rope, --block) is added. By default the names that the "
-        "results have. Results of one name are runs.",
+        "Names, one for each of --results; by default the names that the results have. How each reads (--rope, "
+        "--block) is added. Results of one name are runs.",
     )
     title: str | None = option(None, "Heading of the picture.")
     output_dir: str | None = option(None, "Folder for results.json, results.md and the picture.")
@@ -53,8 +53,8 @@ def run_join(args: JoinArguments) -> Iterator[str]:
     rows: Rows = []
     for number, given in enumerate(args.results):
         for row in _read(given):
-            name = f"{args.method[number]}{tail_of(row['model'])}" if args.method else row["method"]
-            rows.append(row | {"method": name})
+            name, tail = args.method[number] if args.method else row["method"], tail_of(row["model"])
+            rows.append(row | {"method": name if name.endswith(tail) else name + tail})
     _check(rows)
     if "losses" in rows[0]:
         rows = compared(rows)

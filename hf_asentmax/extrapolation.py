@@ -23,7 +23,8 @@ BARE = "none"
 ROPE_TYPES = ("yarn", "dynamic")  # as Transformers calls them
 ROPE_HELP = (
     "RoPE beyond the trained length, for all models or one for each: none, yarn:FACTOR, or dynamic:FACTOR (NTK; "
-    "dynamic:1 fits the base to each length). FACTOR is the longest length by the trained one."
+    "dynamic:1 fits the base to each length). FACTOR is the longest length by the trained one. yarn:FACTOR:1 doesn't "
+    "sharpen attention, as YaRN does for softmax: for ASEntmax."
 )
 BLOCKS = "blocks"
 BLOCK_HELP = (
@@ -54,12 +55,13 @@ def extend_rope(config: PretrainedConfig, choice: str) -> None:
 
     L is the config's ``max_position_embeddings``, the trained length, which stays as it is. "yarn:s" computes s L
     positions at every length: high frequencies stay, low ones are divided by s, and cos and sin are multiplied by
-    0.1 ln s + 1. "dynamic:s" changes nothing up to L; for a sequence of n > L tokens the base is multiplied by
-    (s n / L - (s - 1))^(d / (d - 2)), where d is the number of rotated dims: with s = 1 the NTK-aware base of n itself.
+    0.1 ln s + 1, which was fitted to softmax; "yarn:s:a" multiplies them by a. "dynamic:s" changes nothing up to L; for
+    a sequence of n > L tokens the base is multiplied by (s n / L - (s - 1))^(d / (d - 2)), where d is the number of
+    rotated dims: with s = 1 the NTK-aware base of n itself.
 
     Args:
         config: of a causal language model; changed in place.
-        choice: "none", "yarn:FACTOR" or "dynamic:FACTOR", the factor at least 1.
+        choice: "none", "yarn:s", "yarn:s:a" or "dynamic:s" with s >= 1 and a > 0.
 
     Raises:
         ValueError: the choice is none of these, or the model has no RoPE, or one that is scaled already or differs by
@@ -69,14 +71,16 @@ def extend_rope(config: PretrainedConfig, choice: str) -> None:
     """
     if choice == BARE:
         return
-    kind, _, text = choice.partition(":")
+    kind, *texts = choice.split(":")
     try:
-        factor = float(text)
+        factor, *attention = map(float, texts)
     except ValueError:
-        factor = math.nan
-    if kind not in ROPE_TYPES or not 1 <= factor < math.inf:
+        factor, attention = math.nan, []
+    known = {"yarn": len(attention) < 2 and all(0 < a < math.inf for a in attention), "dynamic": not attention}
+    if not known.get(kind) or not 1 <= factor < math.inf:
         raise ValueError(
-            f"rope must be none, yarn:FACTOR or dynamic:FACTOR, the factor at least 1, got {choice!r}; try yarn:8"
+            "rope must be none, yarn:FACTOR, yarn:FACTOR:ATTENTION or dynamic:FACTOR, FACTOR at least 1 and ATTENTION "
+            f"above 0, got {choice!r}; try yarn:8"
         )
     old = getattr(config, "rope_parameters", None)
     positions = getattr(config, "positions", "rope")
@@ -90,6 +94,8 @@ def extend_rope(config: PretrainedConfig, choice: str) -> None:
     new = old | {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         new["original_max_position_embeddings"] = config.max_position_embeddings
+    if attention:
+        new["attention_factor"] = attention[0]
     config.rope_parameters = new
 
 

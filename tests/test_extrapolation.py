@@ -48,6 +48,9 @@ def test_yarn_frequencies_are_the_papers(folder: Path) -> None:
     assert scaling == pytest.approx(0.1 * math.log(4) + 1)
     assert model.config.max_position_embeddings == LENGTH
     assert 0 < ramp.sum() < 8  # of both kinds
+    same, scaling = frequencies(load_extended(str(folder), "yarn:4:1.5"))
+    assert torch.equal(same, found)
+    assert scaling == 1.5
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -124,9 +127,12 @@ def test_extended_families_keep_the_rest_of_their_parameters(family: str, rope: 
     assert original == (512 if rope == "yarn:2" else None)
 
 
-@pytest.mark.parametrize("choice", ["yarn", "yarn:", "yarn:0.5", "yarn:nan", "yarn:inf", "ntk:2", "linear:2", "4"])
+WRONG = ["yarn", "yarn:", "yarn:0.5", "yarn:nan", "yarn:inf", "yarn:2:0", "yarn:2:nan", "yarn:2:inf", "yarn:2:1:1"]
+
+
+@pytest.mark.parametrize("choice", [*WRONG, "dynamic:2:1", "ntk:2", "linear:2", "4"])
 def test_a_wrong_choice_is_refused(choice: str) -> None:
-    with pytest.raises(ValueError, match="rope must be none, yarn:FACTOR or dynamic:FACTOR.*try yarn:8"):
+    with pytest.raises(ValueError, match="rope must be none, yarn:FACTOR.* or dynamic:FACTOR.*try yarn:8"):
         extend_rope(tiny_config("llama"), choice)
 
 

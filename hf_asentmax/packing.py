@@ -28,7 +28,7 @@ TOKENIZER_BATCH = 64  # documents handed to the tokenizer at once
 
 
 def token_lists(
-    documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, column: str
+    documents: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, column: str, *, closed: bool = True
 ) -> Iterator[Sequence[int]]:
     """Each document's tokens, with the first token that the tokenizer adds (if it does), closed by its end token.
 
@@ -36,11 +36,12 @@ def token_lists(
         documents: rows with the text in `column`, or with tokens in "input_ids", which are used as they are.
         tokenizer: a tokenizer with an end-of-sequence token.
         column: the column with the text.
+        closed: whether text is closed by the end token; else it is what the tokenizer makes of it, and needs none.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token, or tokens lie outside of its vocabulary.
     """
-    end = _end_token(tokenizer)
+    end = [_end_token(tokenizer)] if closed else []
     rows, size = iter(documents), len(tokenizer)
     while batch := list(islice(rows, TOKENIZER_BATCH)):
         if "input_ids" in batch[0]:
@@ -52,7 +53,7 @@ def token_lists(
             continue
         texts = [row[column] for row in batch if row[column]]
         for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
-            yield ids if ids[-1:] == [end] else [*ids, end]
+            yield ids if ids[-1:] == end else [*ids, *end]
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,7 +25,7 @@ variables, with their defaults:
   LENGTH=8192                   tokens of a row in tune, at most 32,768; a step has 65,536
   TUNE_OPTIONS                  more options of finetune.py
   LENGTHS='2048 4096 8192 16384 32768'  SAMPLES=20
-  WAYS='whole yarn blocks'      how perplexity and retrieval are read
+  WAYS='whole yarn yarn-1 blocks'  how perplexity and retrieval are read
 Paths are taken from the root of the repository.
 TEXT
 }
@@ -38,7 +38,7 @@ cd "$(dirname "$0")/.."
 DATA=${DATA:-data} RUNS=${RUNS:-runs} PYTHON=${PYTHON:-python} SMOLLM2=${SMOLLM2:-smollm2}
 LENGTH=${LENGTH:-8192} SAMPLES=${SAMPLES:-20}
 read -ra LENGTHS <<<"${LENGTHS:-2048 4096 8192 16384 32768}"
-read -ra WAYS <<<"${WAYS:-whole yarn blocks}"
+read -ra WAYS <<<"${WAYS:-whole yarn yarn-1 blocks}"
 read -ra MORE <<<"${TUNE_OPTIONS:-}"
 PARTS=(prose code sparsity retrieval speed)
 export ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true # a layer is compiled, not 30
@@ -59,14 +59,15 @@ options() { # of a run
   esac
 }
 
-each_way() { # FOLDER WORD ...   reading whole, whole by YaRN, or in blocks
+each_way() { # FOLDER WORD ...   reading whole, bare or by YaRN, or in blocks
   local way
   for way in "${WAYS[@]}"; do
     case $way in
       whole) "${@:2}" --output_dir "$OUT/$1-whole" ;;
       yarn) "${@:2}" --rope yarn:4 --output_dir "$OUT/$1-yarn" ;;
+      yarn-1) "${@:2}" --rope yarn:4:1 --output_dir "$OUT/$1-yarn-1" ;; # without softmax's factor
       blocks) "${@:2}" --block 4096 --output_dir "$OUT/$1-blocks" ;;
-      *) refuse "WAYS must be of whole, yarn and blocks, got $way" ;;
+      *) refuse "WAYS must be of whole, yarn, yarn-1 and blocks, got $way" ;;
     esac
   done
 }

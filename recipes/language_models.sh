@@ -115,8 +115,8 @@ RUN=$1
 METHOD=${BASH_REMATCH[1]} SEED=${BASH_REMATCH[3]} OUT=$RUNS/$RUN
 KIND=(--positions "${BASH_REMATCH[2]}") OWN=()
 if [ "${BASH_REMATCH[2]}" = rope ]; then # as it is, and beyond the trained length
-  READ_ROPES=(none yarn:8 yarn:32 dynamic:1 none) READ_BLOCKS=(0 0 0 0 512)
-  FIND_ROPES=(none yarn:16 none) FIND_BLOCKS=(0 0 512)
+  READ_ROPES=(none yarn:8 yarn:8:1 yarn:32 yarn:32:1 dynamic:1 none) READ_BLOCKS=(0 0 0 0 0 0 512)
+  FIND_ROPES=(none yarn:16 yarn:16:1 none) FIND_BLOCKS=(0 0 0 512)
   if [ "$METHOD" = softmax ]; then # Transformers' own model
     OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa)
   fi

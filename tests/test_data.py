@@ -17,7 +17,7 @@ from training_setup import tiny_texts, tiny_tokenizer, write_texts
 from transformers import default_data_collator
 
 from hf_asentmax import patch_model
-from hf_asentmax.data import DataArguments, load_documents, load_packed
+from hf_asentmax.data import DataArguments, load_documents, load_packed, long_documents
 from hf_asentmax.packing import CompletionDataset, PackedDataset, PackedStream, token_lists
 
 TEXTS = tiny_texts(12)
@@ -116,11 +116,21 @@ def test_data_held_out_path_is_checked_before_anything_is_tokenised(tmp_path: Pa
         load_packed(data, NeverCalled(), seed=0)  # type: ignore[arg-type]
 
 
+def test_data_long_documents_are_as_they_are_whatever_follows(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    source = str(write_texts(tmp_path / "a.jsonl", TEXTS))
+    expected = [ids for ids in tokenizer(TEXTS)["input_ids"] if len(ids) >= 4]
+    assert long_documents(source, [str(tmp_path)], 4) == (len(TEXTS), expected)
+    assert not any(tokenizer.eos_token_id in ids for ids in expected)
+
+
 def test_data_documents_end_with_one_end_token() -> None:
     tokenizer = tiny_tokenizer()
     rows = [{"text": "ab"}, {"text": ""}, {"text": None}, {"text": "b</s>"}]
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
     assert list(token_lists(rows, tokenizer, "text")) == [[a, b, 1], [b, 1]]
+    assert list(token_lists(rows, tokenizer, "text", closed=False)) == [[a, b], [b, 1]]
     rows = [{"input_ids": [4, 5]}, {"input_ids": []}]
     assert [list(ids) for ids in token_lists(rows, tokenizer, "text")] == [[4, 5]]
     tokenizer.eos_token = None

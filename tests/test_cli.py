@@ -164,7 +164,7 @@ def test_evaluate_perplexity_gives_the_functions_numbers(command: Any, tmp_path:
     words = ["--model", tmp_path / "letters", "--data", tmp_path / "texts.jsonl", "--lengths", 12, "--buckets", 0]
     printed = command("evaluate", "perplexity", *words, "--scored_tokens", 8, "--output_dir", tmp_path / "out")
     letters = AutoModelForCausalLM.from_pretrained(tmp_path / "letters")
-    documents = [[4 + ord(letter) - ord("a") for letter in text] + [1] for text in tiny_texts(20) if len(text) >= 11]
+    documents = [[4 + ord(letter) - ord("a") for letter in text] for text in tiny_texts(20) if len(text) >= 12]
     (expected,) = perplexity_by_length(letters, documents, [12], scored=8)
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["by_length"]
     assert row["losses"] == pytest.approx(expected.pop("losses"))

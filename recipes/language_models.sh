@@ -9,7 +9,7 @@ usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, to
        bash recipes/language_models.sh report RUN ...         what runs gave, side by side: tables and pictures in RUNS/report
 
 RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA). RoPE is measured
-       with YaRN and NTK too, all in blocks: of 1,024 tokens, RoPE of 512.
+       with YaRN (but for softmax without its attention factor) and NTK too, all in blocks: of 1,024 tokens, RoPE of 512.
 STEP   train, perplexity, retrieval (zero-shot), cloze (lm-eval), tune (fine-tuning on retrieval, and retrieval again); by
        default all. A step that is done is not done again; a training that was stopped goes on.
 PROSE and CODE are corpora with the columns text, path, group and source.
@@ -51,21 +51,25 @@ train() {
 }
 
 perplexity() {
-  ROPES=("${READ_ROPES[@]}") BLOCKS=("${READ_BLOCKS[@]}")
+  local corpus read
   for corpus in prose code; do
-    "$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --bf16 \
-      --model "${BLOCKS[@]/*/$OUT}" --rope "${ROPES[@]}" --block "${BLOCKS[@]}" --output_dir "$OUT/perplexity-$corpus"
+    read=("$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --buckets 0 --bf16)
+    "${read[@]}" --model "${READ_ROPES[@]/*/$OUT}" --rope "${READ_ROPES[@]}" --output_dir "$OUT/perplexity-$corpus"
+    "${read[@]}" --model "$OUT" --block "$BLOCK" --output_dir "$OUT/blocks/perplexity-$corpus"
   done
 }
 
-find_facts() { # MODEL FOLDER SAMPLES TASK ...
-  "$PYTHON" scripts/evaluate_retrieval.py --task "${@:4}" --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$3" \
-    --model "${BLOCKS[@]/*/$1}" --rope "${ROPES[@]}" --block "${BLOCKS[@]}" --batch_size 25 --bf16 --output_dir "$2"
+find_facts() { # FOLDER SAMPLES OPTION ...
+  "$PYTHON" scripts/evaluate_retrieval.py --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$2" "${@:3}" --bf16 --output_dir "$1"
+}
+
+find_whole() { # MODEL FOLDER SAMPLES TASK ...
+  find_facts "$2" "$3" --task "${@:4}" --model "${FIND_ROPES[@]/*/$1}" --rope "${FIND_ROPES[@]}" --batch_size 25
 }
 
 retrieval() {
-  ROPES=("${FIND_ROPES[@]}") BLOCKS=("${FIND_BLOCKS[@]}")
-  find_facts "$OUT" "$OUT/retrieval" "$SAMPLES" needle passkey
+  find_whole "$OUT" "$OUT/retrieval" "$SAMPLES" needle passkey
+  find_facts "$OUT/blocks/retrieval" "$SAMPLES" --task needle passkey --model "$OUT" --block "$BLOCK" # a prompt at a time
 }
 
 cloze() {
@@ -74,20 +78,18 @@ cloze() {
 }
 
 tune() {
-  # The last is in blocks, where prompts are read one at a time, and these are many.
-  ROPES=("${FIND_ROPES[@]::${#FIND_ROPES[@]}-1}") BLOCKS=("${FIND_BLOCKS[@]::${#FIND_BLOCKS[@]}-1}")
   [ -e "$OUT-tuned/results.json" ] ||
     "$PYTHON" scripts/finetune.py --model "$OUT" --attention "$METHOD" --data "$DATA/retrieval.jsonl" \
       --sequence_length 1024 --per_device_train_batch_size 64 --num_train_epochs 1 --learning_rate 3e-4 "${ADAMW[@]}" --bf16 \
       --torch_compile --dataloader_drop_last --save_strategy no "${OWN[@]}" "${TUNE[@]}" --output_dir "$OUT-tuned"
-  find_facts "$OUT-tuned" "$OUT-tuned/depths" "$SAMPLES" needle multikey
-  find_facts "$OUT-tuned" "$OUT-tuned/retrieval" "$((5 * SAMPLES))" passkey multivalue multiquery variables common_words \
+  find_whole "$OUT-tuned" "$OUT-tuned/depths" "$SAMPLES" needle multikey
+  find_whole "$OUT-tuned" "$OUT-tuned/retrieval" "$((5 * SAMPLES))" passkey multivalue multiquery variables common_words \
     frequent_words
 }
 
 report() { # RUN ...
   local measure run folders names
-  for measure in /perplexity-{prose,code} /retrieval/{needle,passkey} -tuned/depths/{needle,multikey} \
+  for measure in {,/blocks}/perplexity-{prose,code} {,/blocks}/retrieval/{needle,passkey} -tuned/depths/{needle,multikey} \
     -tuned/retrieval/{passkey,multivalue,multiquery,variables,common_words,frequent_words}; do
     folders=() names=()
     for run in "$@"; do # runs that differ in their seed are runs of one method
@@ -115,13 +117,13 @@ RUN=$1
 METHOD=${BASH_REMATCH[1]} SEED=${BASH_REMATCH[3]} OUT=$RUNS/$RUN
 KIND=(--positions "${BASH_REMATCH[2]}") OWN=()
 if [ "${BASH_REMATCH[2]}" = rope ]; then # as it is, and beyond the trained length
-  READ_ROPES=(none yarn:8 yarn:8:1 yarn:32 yarn:32:1 dynamic:1 none) READ_BLOCKS=(0 0 0 0 0 0 512)
-  FIND_ROPES=(none yarn:16 yarn:16:1 none) FIND_BLOCKS=(0 0 0 512)
+  FACTOR=:1 # left out: YaRN's own is softmax's
   if [ "$METHOD" = softmax ]; then # Transformers' own model
-    OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa)
+    OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa) FACTOR=
   fi
-else # whole and in blocks
-  READ_ROPES=(none none) READ_BLOCKS=(0 1024) FIND_ROPES=(none none) FIND_BLOCKS=(0 1024)
+  READ_ROPES=(none "yarn:8$FACTOR" "yarn:32$FACTOR" dynamic:1) FIND_ROPES=(none "yarn:16$FACTOR") BLOCK=512
+else
+  READ_ROPES=(none) FIND_ROPES=(none) BLOCK=1024
 fi
 shift
 for step in "${@:-${STEPS[@]}}"; do

@@ -77,7 +77,7 @@ def check_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(words[2:]) if by_module else runpy.run_path(words[0], run_name="__main__")
 
 
-@pytest.mark.parametrize("run", ["softmax-rope-0", "asentmax-nape-1", "entmax-nape-1"])
+@pytest.mark.parametrize("run", ["softmax-rope-0", "asentmax-rope-1", "entmax-nape-1"])
 def test_commands_fit_the_scripts(run: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"TRAIN_OPTIONS": "--use_cpu true", "TUNE_OPTIONS": "--use_cpu true"}  # bf16 there needs no GPU
     for words in (["data", "prose.parquet", "code.parquet"], [run]):
@@ -88,14 +88,17 @@ def test_commands_fit_the_scripts(run: str, stand_in: Path, tmp_path: Path, monk
         (tmp_path / "data" / folder).rmdir()
     scripts = [words[0].removeprefix("scripts/") for words in found]
     assert scripts == [
-        *["hold_out.py"] * 2, "tokenize_data.py", "-m", "-m", "pretrain.py", *["evaluate_perplexity.py"] * 2,
-        "evaluate_retrieval.py", "-m", "finetune.py", *["evaluate_retrieval.py"] * 2,
+        *["hold_out.py"] * 2, "tokenize_data.py", "-m", "-m", "pretrain.py", *["evaluate_perplexity.py"] * 4,
+        *["evaluate_retrieval.py"] * 2, "-m", "finetune.py", *["evaluate_retrieval.py"] * 2,
     ]  # fmt: skip
     for words in found:
         if words[:2] != ["-m", "lm_eval"]:
             check_arguments(words, monkeypatch)
     (train,) = (words for words in found if "scripts/pretrain.py" in words)
     assert ("--positions" in train) != (run == "softmax-rope-0")
+    ropes = {word for words in found for word in words if word.startswith("yarn")}
+    factor = "" if run == "softmax-rope-0" else ":1"
+    assert ropes == ({f"yarn:{stretched}{factor}" for stretched in (8, 16, 32)} if "rope" in run else set())
 
 
 CONVERSIONS = [
@@ -136,7 +139,7 @@ def test_what_is_done_is_not_done_again(stand_in: Path, tmp_path: Path) -> None:
     again = recipe("ssmax-nape-1", "train", "retrieval", **where)
     assert again.returncode == 0
     assert "ssmax-nape-1 train: done before" in again.stdout
-    assert [words[0] for words in calls(stand_in)] == ["scripts/evaluate_retrieval.py"]
+    assert [words[0] for words in calls(stand_in)] == ["scripts/evaluate_retrieval.py"] * 2  # whole, in blocks
 
 
 def test_a_finished_fine_tuning_is_kept_where_its_evaluation_failed(stand_in: Path, tmp_path: Path) -> None:
@@ -226,15 +229,20 @@ def test_a_run_in_miniature(tmp_path: Path) -> None:
     steps = ["train", "perplexity", "retrieval", "cloze", "tune"]
     assert sorted(path.stem for path in out.glob("*.done")) == sorted(steps)
     for corpus in ("prose", "code"):
-        rows = json.loads((out / f"perplexity-{corpus}" / "results.json").read_text(encoding="utf-8"))["by_length"]
+        rows = []
+        for way in (out, out / "blocks"):
+            found = json.loads((way / f"perplexity-{corpus}" / "results.json").read_text(encoding="utf-8"))
+            rows += found["by_length"]
         assert [row["length"] for row in rows] == [1024, 2600] * 2
         assert [row["method"] for row in rows[1:3]] == ["asentmax", "asentmax, blocks:1024"]
         assert rows[0]["perplexity"] == pytest.approx(rows[2]["perplexity"])
         assert rows[1]["perplexity"] != rows[3]["perplexity"]
-    found = {path.parent.relative_to(out.parent).as_posix() for path in out.parent.glob("*/*/*/results.json")}
+    found = {path.parent.relative_to(out.parent).as_posix() for path in out.parent.glob("**/results.json")}
     tuned = ("depths/needle", "depths/multikey", *(f"retrieval/{task}" for task in TASKS if task not in DEPTH_TASKS))
+    read = ("perplexity-prose", "perplexity-code", "retrieval/needle", "retrieval/passkey")
     assert found == {
-        *(f"{out.name}/retrieval/{task}" for task in ("needle", "passkey")),
+        *(out.name, f"{out.name}-tuned"),
+        *(f"{out.name}/{way}{measure}" for way in ("", "blocks/") for measure in read),
         *(f"{out.name}-tuned/{path}" for path in tuned),
     }
     assert list((out / "cloze").glob("**/results*.json"))

@@ -172,6 +172,20 @@ def test_card_without_results_claims_none(checkpoint: Path) -> None:
     assert "# tiny-asentmax\n" in card.text
 
 
+def test_card_does_not_average_a_model_read_in_two_ways(checkpoint: Path) -> None:
+    rows = [
+        {"method": f"ASEntmax{way}", "task": "prose", "metric": "perplexity", "length": length, "perplexity": value}
+        for way, length, value in (("", 64, 9.0), (", in blocks", 64, 8.0), (", in blocks", 128, 7.0))
+    ]
+    card = ModelCard.load(write_model_card(checkpoint, results=[*rows, rows[1] | {"perplexity": 8.5}]))
+    found = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    assert found == {
+        ("prose, 64 tokens", "perplexity, ASEntmax"): 9.0,
+        ("prose, 64 tokens", "perplexity, ASEntmax, in blocks, mean of 2 runs"): 8.25,
+        ("prose, 128 tokens", "perplexity, ASEntmax, in blocks"): 7.0,
+    }
+
+
 def test_card_is_written_again_from_its_own_pictures(checkpoint: Path) -> None:
     (checkpoint / "needle.png").write_bytes(b"\x89PNG")
     first = write_model_card(checkpoint, pictures=[checkpoint / "needle.png"]).read_text()

@@ -55,7 +55,7 @@ perplexity() {
   for corpus in prose code; do
     read=("$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --buckets 0 --bf16)
     "${read[@]}" --model "${READ_ROPES[@]/*/$OUT}" --rope "${READ_ROPES[@]}" --output_dir "$OUT/perplexity-$corpus"
-    "${read[@]}" --model "$OUT" --block "$BLOCK" --output_dir "$OUT/blocks/perplexity-$corpus"
+    "${read[@]}" --model "${BLOCK_ROPES[@]/*/$OUT}" --rope "${BLOCK_ROPES[@]}" --block "$BLOCK" --output_dir "$OUT/blocks/perplexity-$corpus"
   done
 }
 
@@ -121,9 +121,10 @@ if [ "${BASH_REMATCH[2]}" = rope ]; then # as it is, and beyond the trained leng
   if [ "$METHOD" = softmax ]; then # Transformers' own model
     OWN=(--attn_implementation sdpa) KIND=(--attn_implementation sdpa) FACTOR=
   fi
-  READ_ROPES=(none "yarn:8$FACTOR" "yarn:32$FACTOR" dynamic:1) FIND_ROPES=(none "yarn:16$FACTOR") BLOCK=512
+  READ_ROPES=(none "yarn:8$FACTOR" "yarn:32$FACTOR" dynamic:1) FIND_ROPES=(none "yarn:16$FACTOR")
+  BLOCK=512 BLOCK_ROPES=(none yarn:1:1.3) # YaRN's attention factor alone, of a context 20 times as long
 else
-  READ_ROPES=(none) FIND_ROPES=(none) BLOCK=1024
+  READ_ROPES=(none) FIND_ROPES=(none) BLOCK=1024 BLOCK_ROPES=(none)
 fi
 shift
 for step in "${@:-${STEPS[@]}}"; do

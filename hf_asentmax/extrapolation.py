@@ -29,7 +29,8 @@ ROPE_HELP = (
 BLOCKS = "blocks"
 BLOCK_HELP = (
     "Read all but the last so many tokens in blocks of so many that don't see each other, for all models or one for "
-    "each; 0: whole. The trained length, with RoPE half of it or less."
+    "each; 0: whole. The trained length, with RoPE half of it or less. Softmax may gain by YaRN's attention factor "
+    "alone (--rope yarn:1:1.3 for 20 times the trained length), ASEntmax doesn't."
 )
 
 

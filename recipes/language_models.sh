@@ -9,7 +9,8 @@ usage: bash recipes/language_models.sh data PROSE CODE        once: hold out, to
        bash recipes/language_models.sh report RUN ...         what runs gave, side by side: tables and pictures in RUNS/report
 
 RUN    METHOD-POSITIONS-SEED, such as asentmax-nape-1 or softmax-rope-1 (Transformers' own Llama with SDPA). RoPE is measured
-       with YaRN (but for softmax without its attention factor) and NTK too, all in blocks: of 1,024 tokens, RoPE of 512.
+       with YaRN (but for softmax without its attention factor) and NTK too, all in blocks: of 1,024 tokens,
+       RoPE of 512 and there with YaRN's factor alone too.
 STEP   train, perplexity, retrieval (zero-shot), cloze (lm-eval), tune (fine-tuning on retrieval, and retrieval again); by
        default all. A step that is done is not done again; a training that was stopped goes on.
 PROSE and CODE are corpora with the columns text, path, group and source.
@@ -53,14 +54,17 @@ train() {
 perplexity() {
   local corpus read
   for corpus in prose code; do
-    read=("$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --buckets 0 --bf16)
+    read=("$PYTHON" scripts/evaluate_perplexity.py --data "$DATA/$corpus/long.parquet" --lengths "${LENGTHS[@]}" --buckets 0
+      --bf16)
     "${read[@]}" --model "${READ_ROPES[@]/*/$OUT}" --rope "${READ_ROPES[@]}" --output_dir "$OUT/perplexity-$corpus"
-    "${read[@]}" --model "${BLOCK_ROPES[@]/*/$OUT}" --rope "${BLOCK_ROPES[@]}" --block "$BLOCK" --output_dir "$OUT/blocks/perplexity-$corpus"
+    "${read[@]}" --model "${BLOCK_ROPES[@]/*/$OUT}" --rope "${BLOCK_ROPES[@]}" --block "$BLOCK" \
+      --output_dir "$OUT/blocks/perplexity-$corpus"
   done
 }
 
 find_facts() { # FOLDER SAMPLES OPTION ...
-  "$PYTHON" scripts/evaluate_retrieval.py --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$2" "${@:3}" --bf16 --output_dir "$1"
+  "$PYTHON" scripts/evaluate_retrieval.py --lengths "${RETRIEVAL_LENGTHS[@]}" --samples "$2" "${@:3}" --bf16 \
+    --output_dir "$1"
 }
 
 find_whole() { # MODEL FOLDER SAMPLES TASK ...

@@ -7,6 +7,7 @@ the config is changed when the model is loaded. In blocks: :mod:`hf_asentmax.blo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -182,5 +183,5 @@ def readings(
 
 def tail_of(model: str) -> str:
     """What `Reading.label` put behind a model's source, "" where nothing."""
-    _, comma, tail = model.rpartition(", ")
-    return comma + tail if tail.partition(":")[0] in (*ROPE_TYPES, BLOCKS) else ""
+    tail = re.search(rf"(, ({'|'.join(ROPE_TYPES)}):[^, ]+)?(, {BLOCKS}:\d+)?$", model)
+    return tail[0] if tail else ""

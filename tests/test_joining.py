@@ -76,11 +76,11 @@ def test_perplexities_are_compared_document_by_document(tmp_path: Path) -> None:
 
 def test_one_model_read_in_two_ways_is_no_two_runs(tmp_path: Path) -> None:
     """Given names or the evaluation's own, which say nothing of the reading where --method was given there."""
-    ways = ("yarn:4", "blocks:4096")
+    ways = ("yarn:4", "blocks:4096", "yarn:1:1.3, blocks:4096")
     rows = [[row | {"method": "twin"} for row in perplexity_rows("a", "", tail=f", {way}")] for way in ways]
-    for method in (None, ["twin", "twin"]):
+    for method in (None, ["twin"] * 3):
         text = joined(tmp_path / str(method), *({"by_length": own} for own in rows), method=method)
-        assert [len(cells(text, f"twin, {way}")) for way in ways] == [2, 2]
+        assert [len(cells(text, f"twin, {way}")) for way in ways] == [2, 2, 2]
 
 
 def test_one_name_is_several_runs_with_their_mean_and_range(tmp_path: Path) -> None:

@@ -122,11 +122,14 @@ def test_the_cases_have_blocks_with_and_without_support() -> None:
         assert share[:, 2:].mean() < share[:, :2].mean()
 
 
-def test_statistics_do_not_depend_on_how_many_queries_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("queries", [1, 5, 64, 200])
+def test_statistics_do_not_depend_on_how_many_queries_are_taken_at_once(
+    queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokens = sharp_model(positions="nape"), random_tokens(1, 300)
     positions = torch.cat([torch.arange(126), torch.arange(174)])[None]  # the second document begins within a block
     whole = attention_statistics(model, tokens, position_ids=positions)
-    monkeypatch.setattr(analysis, "_CHUNK_WEIGHTS", {"cpu": 1})
+    monkeypatch.setattr(analysis, "_CHUNK_WEIGHTS", {"cpu": 4 * 300 * queries})
     for one, other in zip(whole, attention_statistics(model, tokens, position_ids=positions), strict=True):
         assert torch.equal(one.support, other.support)
         assert torch.equal(one.block_sparsity, other.block_sparsity)
